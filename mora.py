@@ -1,0 +1,419 @@
+"""MoRA: high-rank updating for parameter-efficient fine-tuning (Jiang et al. 2024, arXiv 2405.12130), with LoRA and its relatives.
+
+A frozen weight W0 (d outputs, k inputs) gets a trainable update. LoRA's has rank r and (k + d) r parameters. MoRA spends the same
+parameters on one square matrix M, between two operators that have none:
+
+    LoRA   h = W0 x + (alpha / r) B A x               A: r x k,  B: d x r
+    MoRA   h = W0 x + decompress(M compress(x))       M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))
+
+compress squeezes k inputs into r̂ numbers, decompress spreads r̂ numbers over d outputs. Both are linear, so the update is a matrix ΔW
+that merges into W0 exactly. In the code k is `in_features`, d `out_features`, r `rank` and r̂ `size`.
+
+From top to bottom: the size of M, the four operators, the layers, and what is done to a whole model. The file needs torch and nothing else:
+
+    model = add_adapters(model, method="mora", rank=8)     # freezes the model and adapts every linear layer
+    ...                                                    # train the parameters that still require a gradient
+    torch.save(adapter_state_dict(model), "adapter.pt")
+    model = merge_adapters(model)                          # plain nn.Linear layers again, with the same outputs
+"""
+
+import collections
+import copy
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def square_size(in_features: int, out_features: int, rank: int) -> int:
+    """r̂, the side of the largest square matrix within LoRA's budget (k + d) r, and at most min(k, d): a larger M adds no rank."""
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+    return min(math.isqrt((in_features + out_features) * rank), in_features, out_features)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The operators. `...` stands for any leading dimensions, such as (batch, length).
+
+
+class Operator(nn.Module):
+    """A pair of linear maps without parameters: `compress` from k inputs to r̂ numbers, `decompress` from r̂ numbers to d outputs."""
+
+    def __init__(self, in_features: int, out_features: int, size: int):
+        super().__init__()
+        self.in_features, self.out_features, self.size = in_features, out_features, size
+
+    def regroup(self, generator=None):
+        """Draw new groups, where the operator has any (`Sharing`)."""
+
+
+class Truncation(Operator):
+    """Eq. 4: keep the first r̂ inputs, write the first r̂ outputs. The baseline: whatever else is in x never reaches M."""
+
+    def compress(self, x):
+        return x[..., :self.size]  # (..., k) -> (..., r̂)
+
+    def decompress(self, z):
+        return F.pad(z, (0, self.out_features - self.size))  # (..., r̂) -> (..., d)
+
+
+class Sharing(Operator):
+    """Eq. 6: inputs and outputs are dealt into r̂ groups. The inputs of a group are added up, its outputs all get the same number.
+
+    So ΔW[i, j] = M[out_group[i], in_group[j]]. `groups` says how indices are dealt: "strided" (0 1 2 0 1 2), "contiguous"
+    (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle", whose every `regroup` moves on to the next pair of
+    `CYCLE`, the one that the paper's code follows in ReMoRA. Groups differ in length by at most one.
+    """
+
+    KINDS = ("strided", "contiguous", "random")
+    CYCLE = (("strided", "strided"), ("contiguous", "contiguous"), ("contiguous", "strided"), ("strided", "contiguous"))
+
+    def __init__(self, in_features, out_features, size, groups="strided"):
+        super().__init__(in_features, out_features, size)
+        self.kinds = self.CYCLE if groups == "cycle" else ((groups, groups) if isinstance(groups, str) else tuple(groups),)
+        if not all(len(pair) == 2 and set(pair) <= set(self.KINDS) for pair in self.kinds):
+            raise ValueError(f"groups must be one of {', '.join(self.KINDS)}, cycle, or a pair of the first three, not {groups!r}")
+        self.register_buffer("in_group", torch.empty(in_features, dtype=torch.long))
+        self.register_buffer("out_group", torch.empty(out_features, dtype=torch.long))
+        self.register_buffer("turn", torch.tensor(-1))  # how often the groups have been drawn anew: the place in the cycle
+        self.regroup()
+
+    @torch.no_grad()
+    def regroup(self, generator=None):
+        # In place, so that a compiled model sees the new groups without being compiled again.
+        self.turn += 1
+        in_kind, out_kind = self.kinds[int(self.turn) % len(self.kinds)]
+        self.in_group.copy_(self.deal(self.in_features, in_kind, generator))
+        self.out_group.copy_(self.deal(self.out_features, out_kind, generator))
+
+    def deal(self, features, kind, generator):
+        """The group of each of `features` indices: whole numbers below r̂, shape (features,)."""
+        i = torch.arange(features)
+        if kind == "contiguous":
+            return i * self.size // features
+        if kind == "random":
+            i = torch.randperm(features, generator=generator)
+        return i % self.size
+
+    def compress(self, x):
+        z = x.new_zeros(*x.shape[:-1], self.size)
+        return z.index_add(-1, self.in_group, x)  # (..., k) -> (..., r̂)
+
+    def decompress(self, z):
+        return z.index_select(-1, self.out_group)  # (..., r̂) -> (..., d)
+
+
+class Decoupling(Operator):
+    """Eq. 8: cut x into n = ceil(k / r̂) rows of r̂ (zeros fill the last), send each through the same M, lay the results side by side.
+
+    ΔW is block diagonal, with M as every block. Results longer than d are cut, as in the paper, and shorter ones repeated. Where
+    k > d the cut loses whole rows, and with them every input in them; `fold=True` adds what lies past d back onto the first outputs.
+    """
+
+    def __init__(self, in_features, out_features, size, fold=False):
+        super().__init__(in_features, out_features, size)
+        self.rows, self.fold = math.ceil(in_features / size), fold
+
+    def compress(self, x):
+        x = F.pad(x, (0, self.rows * self.size - self.in_features))
+        return x.unflatten(-1, (self.rows, self.size))  # (..., k) -> (..., n, r̂)
+
+    def decompress(self, z):
+        y = z.flatten(-2)  # (..., n, r̂) -> (..., n r̂)
+        copies = math.ceil(self.out_features / y.shape[-1])
+        if copies > 1:
+            y = torch.cat([y] * copies, dim=-1)
+        elif self.fold:
+            folds = math.ceil(y.shape[-1] / self.out_features)
+            y = F.pad(y, (0, folds * self.out_features - y.shape[-1]))
+            y = y.unflatten(-1, (folds, self.out_features)).sum(-2)  # (..., folds, d) -> (..., d)
+        return y[..., :self.out_features]  # (..., d)
+
+
+class Rotation(Decoupling):
+    """Eq. 9: unlike Decoupling, row i is first rotated by the angles i θ_j, θ_j = 10000^(-2j / r̂), so that M can tell rows apart.
+
+    As in RoPE, coordinate j pairs with coordinate j + r̂/2. If r̂ is odd, the last coordinate has no partner and stays as it is.
+    """
+
+    def __init__(self, in_features, out_features, size, fold=False):
+        super().__init__(in_features, out_features, size, fold)
+        theta = 10000 ** (-2 * torch.arange(size // 2, dtype=torch.float64) / size)
+        angle = torch.arange(self.rows, dtype=torch.float64)[:, None] * theta  # (n, r̂ // 2)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def compress(self, x):
+        a, b, rest = super().compress(x).tensor_split((self.size // 2, self.size // 2 * 2), dim=-1)
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)  # (..., k) -> (..., n, r̂)
+
+
+OPERATORS = {"truncation": Truncation, "sharing": Sharing, "decoupling": Decoupling, "rotation": Rotation}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The layers: a frozen nn.Linear and a trainable update.
+
+
+class Adapter(nn.Module):
+    """What all layers share. A subclass owns the trainable parameters and defines `update`, ΔW x, and `reset`, back to ΔW = 0.
+
+    The trainable parameters are float32 at least, also beside a bfloat16 weight: their steps are too small for bfloat16.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, dropout: float = 0.0):
+        super().__init__()
+        if type(linear) is not nn.Linear:  # a subclass may use its weight behind forward's back, as nn.MultiheadAttention does
+            raise ValueError(f"an adapter wraps an nn.Linear, not {type(linear).__name__}")
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+        self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
+        self.dropout = nn.Dropout(dropout)
+        self.linear = linear.requires_grad_(False)
+        self.dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+
+    def new_parameter(self, *shape):
+        return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.linear.weight.device))
+
+    def forward(self, x):
+        return self.linear(x) + self.update(self.dropout(x))  # (..., k) -> (..., d)
+
+    def update(self, x):
+        """ΔW x: (..., k) -> (..., d)."""
+        raise NotImplementedError
+
+    def reset(self, generator: torch.Generator | None = None):
+        """Make ΔW zero again, with a fresh A or fresh groups drawn from `generator`, as at the start."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> torch.Tensor:
+        """ΔW (d, k), float32 at least: column j is the update of the j-th unit vector, so it cannot disagree with forward (Eq. 3)."""
+        with torch.autocast(self.linear.weight.device.type, enabled=False):
+            return self.update(torch.eye(self.in_features, dtype=self.dtype, device=self.linear.weight.device)).T
+
+    @torch.no_grad()
+    def merged_weight(self):
+        """W0 + ΔW (d, k), added in float32 at least and rounded once to W0's type."""
+        return (self.linear.weight.to(self.dtype) + self.delta_weight()).to(self.linear.weight.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """A new nn.Linear that computes what this layer computes in eval mode. This layer stays as it is."""
+        merged = copy.deepcopy(self.linear)
+        merged.weight.copy_(self.merged_weight())
+        return merged
+
+    @torch.no_grad()
+    def merge_and_reset(self, generator: torch.Generator | None = None):
+        """Move ΔW into W0, in place, and start again from ΔW = 0: one step of ReLoRA or ReMoRA."""
+        self.linear.weight.copy_(self.merged_weight())
+        self.reset(generator)
+
+    def extra_repr(self):
+        return f"rank={self.rank}"
+
+    # The numbers mean something only beside this description, so state dicts carry it, as bytes because they hold tensors only.
+    def get_extra_state(self):
+        return torch.tensor(list(f"{type(self).__name__}({self.extra_repr()})".encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        pass
+
+
+class LoRALinear(Adapter):
+    """LoRA (arXiv 2106.09685), Eq. 1: ΔW = (alpha / r) B A. A is random and B zero, so ΔW starts at zero.
+
+    `alpha=None` means 2 r, the paper's at r = 8. `rslora` divides by sqrt(r) instead (arXiv 2312.03732), so that a step's size does not
+    shrink with the rank. `train_A=False` is AsyLoRA (arXiv 2402.16842): A keeps its random values, B alone learns.
+    """
+
+    def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False, train_A=True):
+        super().__init__(linear, rank, dropout)
+        self.alpha = 2 * rank if alpha is None else alpha
+        self.scaling = self.alpha / (math.sqrt(rank) if rslora else rank)
+        self.A = self.new_parameter(rank, self.in_features).requires_grad_(train_A)
+        self.B = self.new_parameter(self.out_features, rank)
+        LoRALinear.reset(self)
+
+    def update(self, x):
+        x = F.linear(x, self.A.to(x.dtype))  # (..., k) -> (..., r)
+        return F.linear(x, self.B.to(x.dtype)) * self.scaling  # (..., r) -> (..., d)
+
+    @torch.no_grad()
+    def reset(self, generator=None):
+        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_(a=sqrt(5)), as nn.Linear; on the CPU, so that devices agree
+        self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
+        self.B.zero_()
+
+    def extra_repr(self):
+        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}"
+
+
+class DoRALinear(LoRALinear):
+    """DoRA (arXiv 2402.09353): LoRA turns each row of the weight, and a trainable `magnitude` (d,) sets its length.
+
+    h = magnitude · V x / ‖V‖, where V = W0 + (alpha / r) B A and ‖V‖ has the length of each of its rows.
+    """
+
+    def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False):
+        super().__init__(linear, rank, alpha, dropout, rslora)
+        self.magnitude = self.new_parameter(self.out_features)
+        self.reset()
+
+    def direction(self):
+        return self.linear.weight.to(self.dtype) + super().delta_weight()  # V: (d, k)
+
+    def scale(self):
+        # The length is detached, as in the paper's section 4.3: it saves memory and costs no accuracy.
+        return self.magnitude / self.direction().detach().norm(dim=1).clamp_min(1e-30)  # (d,)
+
+    def forward(self, x):
+        y = F.linear(x, self.linear.weight) + self.update(self.dropout(x))  # V x: (..., k) -> (..., d)
+        y = y * self.scale().to(y.dtype)
+        return y if self.linear.bias is None else y + self.linear.bias.to(y.dtype)
+
+    def delta_weight(self):
+        return self.scale()[:, None] * self.direction() - self.linear.weight
+
+    @torch.no_grad()
+    def reset(self, generator=None):
+        super().reset(generator)
+        self.magnitude.copy_(self.direction().norm(dim=1))
+
+
+class MoRALinear(Adapter):
+    """MoRA, Eq. 2: ΔW x = decompress(M compress(x)). M starts at zero, and so does ΔW; there is no alpha.
+
+    `operator` is a key of OPERATORS; `options` go to its class: `groups` for sharing, `fold` for decoupling and rotation.
+    """
+
+    def __init__(self, linear, rank, operator="rotation", dropout=0.0, **options):
+        super().__init__(linear, rank, dropout)
+        if operator not in OPERATORS:
+            raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, not {operator!r}")
+        size = square_size(self.in_features, self.out_features, rank)
+        if operator == "rotation" and size > 1:
+            size -= size % 2  # coordinates turn in pairs
+        self.operator = OPERATORS[operator](self.in_features, self.out_features, size, **options).to(self.linear.weight.device)
+        self.M = self.new_parameter(size, size)
+
+    def update(self, x):
+        z = self.operator.compress(x)
+        z = F.linear(z, self.M.to(z.dtype))
+        return self.operator.decompress(z)
+
+    @torch.no_grad()
+    def reset(self, generator=None):
+        self.M.zero_()
+        self.operator.regroup(generator)
+
+    def extra_repr(self):
+        fold = ", fold=True" if getattr(self.operator, "fold", False) else ""
+        return f"rank={self.rank}, size={self.operator.size}, operator={type(self.operator).__name__.lower()}{fold}"
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Whole models.
+
+METHODS = {
+    "lora": LoRALinear,
+    "lora+": LoRALinear,  # arXiv 2402.12354: LoRA whose B learns faster than A, which is up to the optimizer
+    "asylora": functools.partial(LoRALinear, train_A=False),
+    "dora": DoRALinear,
+    "mora": MoRALinear,
+}
+
+
+def add_adapters(model: nn.Module, method="mora", rank=8, operator="rotation", targets=None, **options) -> nn.Module:
+    """Replace the model's linear layers by adapted ones, in place, freeze everything else, and return the model.
+
+    `targets` lists layers by their full name or its end, such as ["c_attn", "h.0.mlp.c_fc"]; None means all of them, except an output
+    head that shares its weight with the embedding. `options` go to the method's class: alpha, dropout, rslora, groups, fold. Random
+    numbers (A, random groups) come from torch's global generator. ValueError if an argument is unknown, if nothing matches, or if the
+    model is adapted already; the model is then as it was.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if any(isinstance(module, Adapter) for module in model.modules()):
+        raise ValueError("the model is adapted already: merge_adapters(model) comes first")
+    if METHODS[method] is MoRALinear:
+        options["operator"] = operator
+    layers = find_targets(model, targets)
+    adapters = {name: METHODS[method](layer, rank, **options).train(layer.training) for name, layer in layers.items()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, adapter in adapters.items():
+        model.set_submodule(name, adapter)
+    return model
+
+
+def find_targets(model, targets):
+    """The linear layers that `targets` names, by full name."""
+    layers = {name: module for name, module in model.named_modules() if name and type(module) is nn.Linear}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} contains no nn.Linear layer to adapt")
+    uses = collections.Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied = {name for name, layer in layers.items() if uses[id(layer.weight)] > 1}
+    if targets is None:
+        return {name: layer for name, layer in layers.items() if name not in tied}
+    chosen = {}
+    for target in [targets] if isinstance(targets, str) else targets:
+        found = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
+        if not found:
+            names = sorted({name.split(".")[-1] for name in layers})
+            raise ValueError(f"no linear layer is called {target!r}; there are {', '.join(names)}")
+        if tied & found.keys():
+            raise ValueError(f"{target!r} shares its weight with another module: merging would change both")
+        chosen |= found
+    return chosen
+
+
+def find_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapted layers by full name; ValueError if there are none."""
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+    if not adapters:
+        raise ValueError(f"{type(model).__name__} has no adapters: add_adapters(model) comes first")
+    return adapters
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Replace every adapted layer by its merged nn.Linear, in place, and return the model. All parameters stay frozen."""
+    for name, adapter in find_adapters(model).items():
+        model.set_submodule(name, adapter.merge())
+    return model
+
+
+def merge_and_reset(model: nn.Module, generator: torch.Generator | None = None):
+    """The step of ReLoRA and ReMoRA: move every ΔW into its W0 and start again from zero, with fresh A or groups from `generator`.
+
+    The optimizer's state of the adapters' parameters belongs to the old ΔW; dropping it is up to the caller.
+    """
+    for adapter in find_adapters(model).values():
+        adapter.merge_and_reset(generator)
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters' own tensors by full name: parameters, groups, and each adapter's description. The frozen weights are not in it."""
+    return {f"{name}.{key}": tensor for name, adapter in find_adapters(model).items()
+            for key, tensor in adapter.state_dict().items() if not key.startswith("linear.")}
+
+
+def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
+    """Load what `adapter_state_dict` saved into a model with the same adapters. ValueError, and nothing loaded, if anything differs."""
+    for name, adapter in find_adapters(model).items():
+        saved, own = state.get(f"{name}._extra_state"), adapter.get_extra_state()
+        if saved is not None and not torch.equal(saved.cpu(), own):
+            saved, own = (bytes(text.tolist()).decode() for text in (saved, own))
+            raise ValueError(f"{name}: the state was saved from {saved}, and the model has {own}")
+    own = adapter_state_dict(model)
+    if own.keys() != state.keys():
+        missing, unknown = (", ".join(sorted(keys)[:3]) or "nothing" for keys in (own.keys() - state.keys(), state.keys() - own.keys()))
+        raise ValueError(f"the state does not fit the model: missing in the state: {missing}; unknown to the model: {unknown}")
+    for key in own:
+        if own[key].shape != state[key].shape:
+            raise ValueError(f"{key} is {tuple(state[key].shape)} in the state and {tuple(own[key].shape)} in the model")
+    model.load_state_dict(state, strict=False)
+    return model
