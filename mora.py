@@ -29,9 +29,13 @@ from torch import nn
 
 def square_size(in_features: int, out_features: int, rank: int) -> int:
     """r̂, the side of the largest square matrix within LoRA's budget (k + d) r, and at most min(k, d): a larger M adds no rank."""
+    check_rank(rank)
+    return min(math.isqrt((in_features + out_features) * rank), in_features, out_features)
+
+
+def check_rank(rank):
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
-    return min(math.isqrt((in_features + out_features) * rank), in_features, out_features)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -168,12 +172,14 @@ class Adapter(nn.Module):
         super().__init__()
         if type(linear) is not nn.Linear:  # a subclass may use its weight behind forward's back, as nn.MultiheadAttention does
             raise ValueError(f"an adapter wraps an nn.Linear, not {type(linear).__name__}")
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+        check_rank(rank)
         self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
         self.dropout = nn.Dropout(dropout)
         self.linear = linear.requires_grad_(False)
-        self.dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+
+    @property
+    def dtype(self):
+        return torch.promote_types(self.linear.weight.dtype, torch.float32)
 
     def new_parameter(self, *shape):
         return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.linear.weight.device))
@@ -220,7 +226,9 @@ class Adapter(nn.Module):
         return torch.tensor(list(f"{type(self).__name__}({self.extra_repr()})".encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state):
-        pass
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            saved, own = (bytes(text.tolist()).decode() for text in (state, self.get_extra_state()))
+            raise ValueError(f"the state was saved from {saved}, and the model has {own}")
 
 
 class LoRALinear(Adapter):
@@ -267,8 +275,9 @@ class DoRALinear(LoRALinear):
         return self.linear.weight.to(self.dtype) + super().delta_weight()  # V: (d, k)
 
     def scale(self):
-        # The length is detached, as in the paper's section 4.3: it saves memory and costs no accuracy.
-        return self.magnitude / self.direction().detach().norm(dim=1).clamp_min(1e-30)  # (d,)
+        with torch.no_grad():  # the length counts as a constant, which saves memory at no loss (DoRA's section 4.3)
+            length = self.direction().norm(dim=1).clamp_min(1e-30)  # (d,)
+        return self.magnitude / length
 
     def forward(self, x):
         y = F.linear(x, self.linear.weight) + self.update(self.dropout(x))  # V x: (..., k) -> (..., d)
@@ -404,10 +413,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
     """Load what `adapter_state_dict` saved into a model with the same adapters. ValueError, and nothing loaded, if anything differs."""
     for name, adapter in find_adapters(model).items():
-        saved, own = state.get(f"{name}._extra_state"), adapter.get_extra_state()
-        if saved is not None and not torch.equal(saved.cpu(), own):
-            saved, own = (bytes(text.tolist()).decode() for text in (saved, own))
-            raise ValueError(f"{name}: the state was saved from {saved}, and the model has {own}")
+        if f"{name}._extra_state" in state:
+            adapter.set_extra_state(state[f"{name}._extra_state"])
     own = adapter_state_dict(model)
     if own.keys() != state.keys():
         missing, unknown = (", ".join(sorted(keys)[:3]) or "nothing" for keys in (own.keys() - state.keys(), state.keys() - own.keys()))

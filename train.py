@@ -5,7 +5,7 @@
     python train.py uuid --init gpt2 --rank 8 256 --n_pairs 10000 --batch_size 1000 --max_steps 1000       as in the paper
     python train.py -h                          every option
 
-From top to bottom: settings, command line, device, tasks, base model, optimizer, the loop, results.
+From top to bottom: settings, command line, device, metrics, base model, optimizer, the loop, runs and their results.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import os
-import random
+import signal
 import statistics
 import sys
 import time
@@ -190,75 +190,33 @@ def choose_device(args):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# Tasks. A task gives the batch of any step, as a function of (seed, step), and measures a model.
+# Metrics
 
 
-class DemoText:
-    """What the demo's base is pretrained on: Python's standard library, and in every other row a pair of UUIDs never seen again.
+def uuid_metrics(pairs, model):
+    """The accuracy on the values' hex digits, as a fraction, and the fraction of values that are right as a whole.
 
-    So the base knows what a pair looks like, and knows none of those to memorize.
+    A digit is right if it is the likeliest after the key and the true digits before it. Where all 32 are, greedy decoding finds them
+    from the key alone, so exact match means what it says; the accuracy of decoded values is lower, as one wrong digit misleads the next.
     """
-
-    def __init__(self, config, tokenizer):
-        self.seed, self.rows, self.length, self.tokenizer = config.seed, config.batch_size, 2 * data.UUID_LENGTH + 1, tokenizer
-        self.device = config.device
-        self.text = torch.tensor(tokenizer.encode_ordinary(data.standard_library_text(config.text_size)))
-
-    def batch(self, step):
-        """-> idx and targets, (batch_size, 72) each."""
-        rng = random.Random(f"demo base {self.seed} {step}")
-        starts = torch.tensor([rng.randrange(len(self.text) - self.length) for _ in range(self.rows // 2)])
-        text = self.text[starts[:, None] + torch.arange(self.length)]
-        pairs = data.encode_uuid_pairs(data.random_uuid_pairs(self.rows - len(text), rng), self.tokenizer)
-        tokens = torch.cat([text, pairs]).to(self.device)  # (batch_size, 73)
-        return tokens[:, :-1], tokens[:, 1:]
-
-    def evaluate(self, model):
-        return {"val_loss": model(*self.batch(-1))[1].item()}
+    right = []
+    for tokens in pairs.tokens.split(pairs.batch_size):
+        answer = tokens[:, -data.UUID_LENGTH:]
+        right.append(model(tokens[:, :-1], answer)[0].argmax(-1) == answer)
+    right = torch.cat(right)[:, data.HEX_POSITIONS]  # (n_pairs, 32)
+    return {"char_accuracy": right.float().mean().item(), "exact_match": right.all(dim=1).float().mean().item()}
 
 
-class UUIDPairs:
-    """Memorize random pairs (paper, section 5.1): a loss on the value's tokens only, and the accuracy on its 32 hex digits.
+def uuid_summary(rows):
+    """What the last table says of a run, in %: the accuracy at four moments, as in the paper's Table 2, and exact matches."""
+    moments = [rows[math.ceil(len(rows) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
+    return {f"step {row['step']}": 100 * row["char_accuracy"] for row in moments} | {"exact": 100 * rows[-1]["exact_match"]}
 
-    A digit counts as right if it is the likeliest one after the key and the true digits before it. If all 32 are, greedy decoding
-    from the key alone gives the same value, so exact match is what decoding would find.
-    """
 
-    def __init__(self, config, tokenizer):
-        self.seed, self.batch_size, self.tokenizer = config.seed, config.batch_size, tokenizer
-        self.pairs = data.uuid_pairs(config.n_pairs, config.seed)
-        self.tokens = data.encode_uuid_pairs(self.pairs, tokenizer).to(config.device)  # (n_pairs, 73)
-
-    @functools.lru_cache(maxsize=2)
-    def order(self, epoch):
-        generator = torch.Generator().manual_seed(random.Random(f"order {self.seed} {epoch}").getrandbits(63))
-        return torch.randperm(len(self.pairs), generator=generator).to(self.tokens.device)
-
-    def batch(self, step):
-        """-> idx (batch_size, 72) and targets (batch_size, 36); every epoch goes through all pairs in a new order."""
-        epoch, start = divmod(step * self.batch_size, len(self.pairs))
-        order = torch.cat([self.order(epoch), self.order(epoch + 1)])
-        tokens = self.tokens[order[start:start + self.batch_size]]
-        return tokens[:, :-1], tokens[:, -data.UUID_LENGTH:]
-
-    def evaluate(self, model):
-        right = []
-        for tokens in self.tokens.split(self.batch_size):
-            answer = tokens[:, -data.UUID_LENGTH:]
-            right.append(model(tokens[:, :-1], answer)[0].argmax(-1) == answer)
-        right = torch.cat(right)[:, data.HEX_POSITIONS]  # (n_pairs, 32)
-        return {"char_accuracy": right.float().mean().item(), "exact_match": right.all(dim=1).float().mean().item()}
-
-    @staticmethod
-    def summary(rows):
-        """What the final table says of a run: the accuracy (%) at four moments, as in the paper's Table 2, and exact matches (%)."""
-        moments = [rows[math.ceil(len(rows) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
-        return {f"step {row['step']}": 100 * row["char_accuracy"] for row in moments} | {"exact": 100 * rows[-1]["exact_match"]}
-
-    def completions(self, model, n=3):
-        """Greedy completions of the first n keys, as strings."""
-        key = self.tokens[:n, :data.UUID_LENGTH + 1]
-        return [self.tokenizer.decode(row[key.shape[1]:].tolist()) for row in model.generate(key, data.UUID_LENGTH)]
+def uuid_completions(pairs, model, tokenizer, n=3):
+    """What the model says to the first n keys, decoded greedily, as strings."""
+    keys = pairs.tokens[:n, :data.UUID_LENGTH + 1]  # with the colon
+    return [tokenizer.decode(row[keys.shape[1]:].tolist()) for row in model.generate(keys, data.UUID_LENGTH)]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -266,41 +224,41 @@ class UUIDPairs:
 
 
 def load_base(args):
-    """-> the model that every run starts from, its tokenizer, and a line about it."""
+    """The model that every run starts from, and its tokenizer."""
     if args.init == "demo":
         return demo_base(args)
     if args.init == "scratch":
         tokenizer = data.get_tokenizer(args.tokenizer or "bytes")
         torch.manual_seed(0)
-        model = GPT(GPTConfig(**size_of(args) | {"vocab_size": tokenizer.n_vocab}))
-    else:
-        model = GPT.from_pretrained(args.init)
-        tokenizer = data.get_tokenizer(args.tokenizer or ("bytes" if model.config.vocab_size == 257 else "gpt2"))
-        if tokenizer.n_vocab > model.config.vocab_size:
-            raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, and {args.init} knows {model.config.vocab_size}")
+        return GPT(GPTConfig(**size_of(args) | {"vocab_size": tokenizer.n_vocab})), tokenizer
+    model = GPT.from_pretrained(args.init)
+    tokenizer = data.get_tokenizer(args.tokenizer or ("bytes" if model.config.vocab_size == 257 else "gpt2"))
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, and {args.init} knows only {model.config.vocab_size}")
     return model, tokenizer
 
 
 def size_of(args):
-    """The shape of a demo or scratch model, as GPTConfig's arguments."""
+    """The size of a demo or scratch model, as arguments of GPTConfig."""
     return {name: getattr(args, name, None) or value for name, value in DEMO_SIZE.items()}
 
 
 def demo_base(args):
-    """The demo's base and its tokenizer; pretrained first, if out_dir does not hold it."""
-    config = argparse.Namespace(**vars(args) | size_of(args) | DEMO_BASE)
-    config.eval_every, config.accumulate, config.method = config.max_steps // 4, 1, "full"
+    """The demo's base and its tokenizer; if out_dir does not hold the base, it is pretrained first."""
+    single = dict(method="full", rank=None, accumulate=1, eval_every=DEMO_BASE["max_steps"] // 4, **size_of(args))
+    config = argparse.Namespace(**vars(args) | DEMO_BASE | single)
     identity = json.dumps([size_of(args), DEMO_BASE, sys.version_info[:2]])  # the library's text changes with Python's version
     folder = Path(args.out_dir, f"base-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
     tokenizer = data.get_tokenizer("bytes")
     if not (folder / "model.pt").exists():
-        print(f"pretraining the demo's base, once, on half Python's standard library, half random pairs")
+        print("pretraining the demo's base, once: half Python's standard library, half random pairs", flush=True)
         torch.manual_seed(config.seed)
         model = GPT(GPTConfig(**size_of(args))).to(config.device)
-        train(model, DemoText(config, tokenizer), config, folder)
+        text = data.DemoText(config.text_size, tokenizer, config.batch_size, config.seed, config.device)
+        train(model, text, lambda model: {"val_loss": model(*text.batch(-1))[1].item()}, config, folder)
         model.export(folder / "model.pt")
     print(f"base: {folder / 'model.pt'}")
-    return GPT.from_pretrained(folder / "model.pt"), tokenizer
+    return GPT.from_pretrained(str(folder / "model.pt")), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -308,14 +266,13 @@ def demo_base(args):
 
 
 def make_optimizer(model, config):
-    """AdamW on what trains. A group's learning rate is the schedule's times its `multiple`: 1, but for B in LoRA+."""
+    """AdamW on what trains. The learning rate of a group is the schedule's times its `multiple`: 1, but for B in LoRA+."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    fast = {name for name in trainable if config.method == "lora+" and name.endswith(".B")}
-    groups = [{"params": [p for name, p in trainable.items() if name not in fast], "multiple": 1.0}]
-    if fast:
-        groups.append({"params": [trainable[name] for name in fast], "multiple": config.lora_plus_ratio})
-    kind = torch.device(config.device).type
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=kind == "cuda")
+    fast = [parameter for name, parameter in trainable.items() if config.method == "lora+" and name.endswith(".B")]
+    slow = [parameter for name, parameter in trainable.items() if not (config.method == "lora+" and name.endswith(".B"))]
+    groups = [{"params": slow, "multiple": 1.0}, {"params": fast, "multiple": config.lora_plus_ratio}]
+    fused = torch.device(config.device).type == "cuda"
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=config.weight_decay, fused=fused)
 
 
 def learning_rate(step, config):
@@ -329,13 +286,13 @@ def learning_rate(step, config):
 # The loop
 
 
-def train(model, task, config, folder):
-    """Train `model` in place, and write folder/metrics.csv and checkpoint.pt at every evaluation; -> the rows of metrics.csv."""
+def train(model, dataset, evaluate, config, folder):
+    """Train `model` in place, writing metrics.csv and checkpoint.pt at every evaluation; -> the rows of metrics.csv as dicts."""
     kind = torch.device(config.device).type
     autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     scaler = torch.amp.GradScaler(kind, enabled=config.dtype == "float16")
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, config)
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     compiled = torch.compile(model) if config.compile else model
     first, rows = 0, []
     if config.resume and (folder / "checkpoint.pt").exists():
@@ -343,18 +300,18 @@ def train(model, task, config, folder):
 
     losses, tokens, lap, begin = [], 0, time.perf_counter(), time.perf_counter()
     for step in range(first, config.max_steps):
-        # Whatever is random in a step follows from (seed, step), so that a resumed run draws what an uninterrupted one does
-        torch.manual_seed(random.Random(f"step {config.seed} {step}").getrandbits(63))
-        idx, targets = task.batch(step)
+        # All randomness of a step follows from (seed, step), so that a resumed run draws what an uninterrupted one would have drawn
+        torch.manual_seed(data.seeded("step", config.seed, step).initial_seed())
+        idx, targets = dataset.batch(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config) * group["multiple"]
 
         # Forward and backward; each micro-batch counts by its share of the targets, so cutting the batch changes nothing
         model.train()
-        loss = 0.0
+        loss, n_targets = 0.0, (targets != -100).sum()
         for part, part_targets in zip(idx.chunk(config.accumulate), targets.chunk(config.accumulate)):
             with autocast:
-                part_loss = compiled(part, part_targets)[1] * (part_targets != -100).sum() / (targets != -100).sum()
+                part_loss = compiled(part, part_targets)[1] * (part_targets != -100).sum() / n_targets
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         losses.append(loss)
@@ -367,17 +324,19 @@ def train(model, task, config, folder):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        # Evaluate, report, save
+        # Evaluate, save, report
         if (step + 1) % config.eval_every == 0 or step + 1 == config.max_steps:
-            loss = torch.stack(losses).mean().item()
+            rate, loss = learning_rate(step, config), torch.stack(losses).mean().item()
             speed = tokens / (time.perf_counter() - lap)
+            if not math.isfinite(loss):
+                raise ValueError(f"{folder}: the loss is {loss} at step {step + 1}: try a --learning_rate below {config.learning_rate:g}")
             with torch.no_grad(), autocast:
-                metrics = task.evaluate(model.eval())
-            rows.append({"step": step + 1, "loss": loss, "learning_rate": learning_rate(step, config), "tokens_per_second": speed} | metrics)
+                metrics = evaluate(model.eval())
+            rows.append({"step": step + 1, "loss": loss, "learning_rate": rate, "tokens_per_second": speed} | metrics)
             save_checkpoint(folder, rows, config, model, optimizer, scaler)
             left = (time.perf_counter() - begin) / (step + 1 - first) * (config.max_steps - step - 1)
-            print(f"step {step + 1:5d}/{config.max_steps}  loss {loss:.4f}  " + show(metrics)
-                  + f"  {speed:,.0f} tokens/s  {left:.0f} s left", flush=True)
+            print(f"step {step + 1:>{len(str(config.max_steps))}}/{config.max_steps}  loss {loss:.4f}  {show(metrics)}  "
+                  f"{speed:,.0f} tokens/s  {left:.0f} s left", flush=True)
             losses, tokens, lap = [], 0, time.perf_counter()
     return rows
 
@@ -388,16 +347,20 @@ def show(metrics):
 
 
 def write(path, save):
-    """Let `save(temporary_path)` write a file, and put it in place only when it is whole."""
+    """Let `save(path)` write a file under another name first, so that the name never stands for half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
+    try:
+        save(temporary)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error
     os.replace(temporary, path)
 
 
 def save_checkpoint(folder, rows, config, model, optimizer, scaler):
-    """Write checkpoint.pt, all that resuming needs, and then metrics.csv."""
-    state = {"rows": rows, "config": vars(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    """Write checkpoint.pt, all that resuming needs, and metrics.csv."""
+    state = dict(rows=rows, config=vars(config), model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def save_csv(path):
@@ -408,23 +371,26 @@ def save_checkpoint(folder, rows, config, model, optimizer, scaler):
     write(folder / "metrics.csv", save_csv)
 
 
-MAY_CHANGE = ("out_dir", "device", "compile", "resume")  # settings that a resumed run may change
-
-
 def load_checkpoint(path, config, model, optimizer, scaler):
-    """Restore a run; -> the next step and the rows so far. ValueError if it was started with other settings."""
+    """Restore a run; -> its next step and its rows so far. ValueError if its settings were others."""
     try:
         state = torch.load(path, map_location=config.device, weights_only=True)
-        saved = state["config"]
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: delete it to start this run again") from error
-    for name, value in vars(config).items():
-        if name not in MAY_CHANGE and saved.get(name) != value:
-            raise ValueError(f"{path} was made with --{name} {saved.get(name)}, not {value}: give the same, or another --out_dir")
+        rows, saved = state["rows"], state["config"]
+    except Exception as error:  # whatever torch.load meets in a damaged file
+        raise ValueError(f"{path} is damaged: delete it to start the run again") from error
+    check_same(path, saved, config)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    return state["rows"][-1]["step"], state["rows"]
+    return rows[-1]["step"], rows
+
+
+def check_same(path, saved, config):
+    """ValueError if a run's saved settings differ from `config` in anything but where it runs."""
+    for name in vars(config).keys() - {"out_dir", "device", "device_name", "compile", "resume"}:
+        if saved.get(name) != getattr(config, name):
+            raise ValueError(f"{path} was made with {name} = {saved.get(name)}, and now it is {getattr(config, name)}: "
+                             "--resume needs the same settings, or another --out_dir")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -446,43 +412,49 @@ def runs(args):
 
 def label(config):
     """The setting's name, such as "mora rotation fold r2"."""
-    return " ".join([config.method] + ([config.operator] if config.operator else []) + (["fold"] if config.operator and config.fold else [])
-                    + ([f"r{config.rank}"] if config.rank else []))
+    fold = config.fold and config.operator in ("decoupling", "rotation")
+    return " ".join(part for part in (config.method, config.operator, fold and "fold", config.rank and f"r{config.rank}") if part)
 
 
 def adapt(model, config):
     """Give the model the adapters that the settings ask for."""
     if config.method == "full":
         return model
-    options = {"sharing": ["groups"], "truncation": [], "decoupling": ["fold"], "rotation": ["fold"], None: ["alpha", "rslora"]}
-    options = {name: getattr(config, name) for name in options[config.operator]}
-    return mora.add_adapters(model, config.method, config.rank, targets=config.targets, dropout=config.dropout,
-                             **options | ({"operator": config.operator} if config.operator else {}))
+    names = {"truncation": [], "sharing": ["groups"], "decoupling": ["fold"], "rotation": ["fold"], None: ["alpha", "rslora"]}
+    options = {name: getattr(config, name) for name in names[config.operator]}
+    return mora.add_adapters(model, config.method, config.rank, config.operator, config.targets, dropout=config.dropout, **options)
 
 
-def run(config, base, task):
+def run(config, base, tokenizer):
     """Train a copy of `base` by one method with one seed, and write adapter.pt and results.json; -> what results.json holds."""
     folder = Path(config.out_dir, "-".join([config.task, *label(config).split(), f"lr{config.learning_rate:g}", f"seed{config.seed}"]))
+    if config.resume and (folder / "results.json").exists():
+        results = json.loads((folder / "results.json").read_text())
+        check_same(folder / "results.json", results["config"], config)
+        print(f"\n{folder}: finished before")
+        return results
+    pairs = data.UUIDPairs(config.n_pairs, tokenizer, config.batch_size, config.seed, config.device)
+    evaluate = functools.partial(uuid_metrics, pairs)
     torch.manual_seed(config.seed)  # for the adapters' random numbers
     model = adapt(copy.deepcopy(base), config)
     trainable, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (False, True))
     sizes = [adapter.operator.size for adapter in mora.find_adapters(model).values()] if config.operator else []
     size = "-".join(str(side) for side in sorted({min(sizes), max(sizes)})) if sizes else None
-    print(f"\n{folder}: {trainable:,} of {total:,} parameters train" + (f", r̂ = {size}" if size else ""))
+    print(f"\n{folder}\n{trainable:,} of {total:,} parameters train" + (f", r̂ = {size}" if size else ""))
     with torch.no_grad():
-        batch = task.batch(0)
+        batch = pairs.batch(0)
         logits, base_logits = (network.eval()(*batch)[0] for network in (model, base))
         difference = (logits - base_logits).abs().max().item()
-        print(f"before training: logits as the base's to {difference:.1g}, {show(task.evaluate(model))}", flush=True)
     if not difference <= 1e-4 * base_logits.abs().max():
         raise RuntimeError(f"an adapted model must start as its base, but its logits differ by {difference:g}")
+    print(f"before training: logits differ from the base's by {difference:.1g}, {show(evaluate(model))}", flush=True)
 
     start = time.perf_counter()
-    rows = train(model, task, config, folder)
+    rows = train(model, pairs, evaluate, config, folder)
     results = {"method": config.method, "rank": config.rank, "operator": config.operator, "seed": config.seed, "size": size,
                "trainable_parameters": trainable, "total_parameters": total, "steps": config.max_steps,
-               "seconds": time.perf_counter() - start, "metrics": rows[-1], "rows": rows, "summary": task.summary(rows),
-               "update_rank": update_rank(model, base), "completions": task.completions(model.eval()),
+               "seconds": time.perf_counter() - start, "metrics": rows[-1], "rows": rows, "summary": uuid_summary(rows),
+               "update_rank": update_rank(model, base), "completions": uuid_completions(pairs, model.eval(), tokenizer),
                "config": vars(config), "torch": torch.__version__, "device": config.device_name}
     if config.method != "full":
         write(folder / "adapter.pt", lambda path: torch.save(mora.adapter_state_dict(model), path))
@@ -492,18 +464,18 @@ def run(config, base, task):
 
 @torch.no_grad()
 def update_rank(model, base):
-    """The rank of the update ΔW, as a mean over the linear layers that changed."""
+    """The rank of what training added to a weight, as a mean over the linear layers that it changed."""
     ranks = []
     for name, layer in base.named_modules():
         if isinstance(layer, torch.nn.Linear):
             tuned = model.get_submodule(name)
-            update = tuned.delta_weight() if isinstance(tuned, mora.Adapter) else tuned.weight - layer.weight
-            ranks.append(torch.linalg.matrix_rank(update).item())
+            weight = tuned.merged_weight() if isinstance(tuned, mora.Adapter) else tuned.weight
+            ranks.append(torch.linalg.matrix_rank(weight - layer.weight).item())
     return statistics.mean(rank for rank in ranks if rank)
 
 
 def table(results):
-    """The results as a Markdown table, one row for all seeds of a setting: the mean, and ± the standard deviation over seeds."""
+    """The results as a Markdown table, a row for all seeds of a setting: the mean, and ± the standard deviation over the seeds."""
     settings = {}
     for result in results:
         config = argparse.Namespace(**result["config"])
@@ -518,15 +490,15 @@ def table(results):
                     | {key: over_seeds([result["summary"][key] for result in group]) for key in group[0]["summary"]}
                     | {"rank of ΔW": over_seeds([result["update_rank"] for result in group], 0),
                        "seconds": f"{statistics.mean(result['seconds'] for result in group):.0f}"})
-    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    widths = {key: max(len(row[key]) for row in [{key: key}, *rows]) for key in rows[0]}
     lines = [{key: key for key in widths}, {key: "-" * width for key, width in widths.items()}, *rows]
     return "\n".join("| " + " | ".join(line[key].ljust(width) for key, width in widths.items()) + " |" for line in lines)
 
 
 def completions(results, pairs):
-    """The first keys' true values and every setting's greedy completions, wrong digits marked below."""
+    """The pairs, and what every run's model says to their keys, wrong characters marked below."""
     names = [label(argparse.Namespace(**result["config"])) for result in results]
-    lines, width = [], max(map(len, names))
+    lines, width = [], max(map(len, ["value", *names]))
     for i, (key, value) in enumerate(pairs):
         lines += ["", f"{'key':{width}}  {key}", f"{'value':{width}}  {value}"]
         for name, result in zip(names, results):
@@ -546,19 +518,20 @@ Next, for example:
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     try:
         print(choose_device(args))
         base, tokenizer = load_base(args)
         base.to(args.device)
-        print(f"{args.n_pairs} pairs; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")
-        results = [run(config, base, UUIDPairs(config, tokenizer)) for config in runs(args)]
+        print(f"{args.n_pairs} pairs to memorize; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right", flush=True)
+        results = [run(config, base, tokenizer) for config in runs(args)]
     except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     print("\n" + table(results))
     print(completions([result for result in results if result["seed"] == args.seed[0]], data.uuid_pairs(args.n_pairs, args.seed[0])[:3]))
-    if not (argv or sys.argv[1:]):
+    if not argv:
         print(NEXT)
 
 
