@@ -147,6 +147,8 @@ class GPT(nn.Module):
         n_embd / 64 as in every GPT-2. ValueError says what in the file does not fit.
         """
         state = load_checkpoint(name_or_path)
+        if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
+            raise ValueError(f"{name_or_path} is not a GPT-2 checkpoint: it is no dict of named tensors")
         n_head = n_head or getattr(state, "n_head", None)
         state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
         head = state.pop("lm_head.weight", None)
@@ -155,11 +157,11 @@ class GPT(nn.Module):
         for name in ("wte.weight", "wpe.weight", "h.0.ln_1.weight"):
             if name not in state:
                 raise ValueError(f"{name_or_path} is not a GPT-2 checkpoint: it has no {name}")
-        if head is not None and not torch.equal(head, state["wte.weight"]):
+        if head is not None and not torch.equal(head.float(), state["wte.weight"].float()):
             raise ValueError(f"{name_or_path}: lm_head.weight differs from wte.weight, and this GPT has one weight for both")
-        vocab_size, n_embd = state["wte.weight"].shape
-        n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("h."))
-        config = GPTConfig(len(state["wpe.weight"]), vocab_size, n_layer, n_head or max(1, n_embd // 64), n_embd, dropout)
+        (vocab_size, n_embd), block_size = state["wte.weight"].shape, len(state["wpe.weight"])
+        n_layer = 1 + max(int(layer) for layer in (name.split(".")[1] for name in state if name.startswith("h.")) if layer.isdigit())
+        config = GPTConfig(block_size, vocab_size, n_layer, n_head or max(1, n_embd // 64), n_embd, dropout)
         with torch.device("meta"):  # shapes only: random weights would be replaced at once
             model = cls(config)
         state = {name: (tensor.T if is_transposed(name) else tensor).float().contiguous() for name, tensor in state.items()}
@@ -202,7 +204,8 @@ def load_checkpoint(name_or_path):
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # Hugging Face's own variable, for mirrors
         url = f"{host}/openai-community/{name_or_path}/resolve/main/pytorch_model.bin"
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file, weights_only=True)
-    except OSError as error:
-        raise ValueError(f"cannot read {name_or_path} ({error}); a copy fetched elsewhere can be given by its path") from error
-    except Exception as error:  # whatever torch.load meets in bytes that it did not write
-        raise ValueError(f"{path} is damaged or was not written by torch.save; delete or replace it") from error
+    except Exception as error:  # of the network; or whatever torch.load meets in bytes that torch.save did not write
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if os.path.isfile(path):
+            raise ValueError(f"{path} is damaged or was not written by torch.save ({reason}): delete or replace it") from error
+        raise ValueError(f"{name_or_path} cannot be downloaded ({reason}): get the file elsewhere and give its path") from error

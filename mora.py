@@ -332,7 +332,9 @@ METHODS = {
     "lora+": LoRALinear,  # arXiv 2402.12354: LoRA whose B learns faster than A, which is up to the optimizer
     "asylora": functools.partial(LoRALinear, train_A=False),
     "dora": DoRALinear,
+    "relora": LoRALinear,  # arXiv 2307.05695: LoRA with merge_and_reset now and then
     "mora": MoRALinear,
+    "remora": MoRALinear,  # MoRA with merge_and_reset now and then
 }
 
 

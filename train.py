@@ -1,29 +1,37 @@
-"""Train a GPT in full, with LoRA and its relatives, or with MoRA, in one plain loop.
+"""Train a GPT in full, with LoRA and its relatives, or with MoRA and ReMoRA, in one plain loop.
 
     python train.py                             the demo: memorize UUID pairs on a laptop, in minutes, without a download
     python train.py uuid --methods lora mora --operator sharing rotation --rank 2 8 --seed 0 1 2
-    python train.py uuid --init gpt2 --rank 8 256 --n_pairs 10000 --batch_size 1000 --max_steps 1000       as in the paper
+    python train.py c4 --methods full relora remora --groups cycle random
+    python train.py text --data articles.jsonl --init gpt2 --methods full lora mora
+    torchrun --standalone --nproc_per_node=8 train.py c4 ...
     python train.py -h                          every option
 
-From top to bottom: settings, command line, device, metrics, base model, optimizer, the loop, runs and their results.
+From top to bottom: settings, command line, device and processes, tasks, base model, optimizer, the loop, files, runs, results.
 """
 
 import argparse
+import collections
+import contextlib
 import copy
 import csv
+import datetime
 import functools
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import data
 import mora
@@ -34,20 +42,30 @@ from model import GPT, PRESETS, GPTConfig
 
 METHODS = ("full", *mora.METHODS)
 
-# Peak learning rates: on the demo's base from the sweep in the README, on given weights the middle of what the paper searched at 7B.
-LEARNING_RATES = {  # method: (demo, given weights)
-    "full": (1e-3, 3e-5),
-    "lora": (2e-2, 2e-4),
-    "lora+": (5e-3, 2e-4),
-    "asylora": (2e-2, 2e-4),
-    "dora": (2e-2, 2e-4),
-    "mora truncation": (1e-2, 2e-4),
-    "mora sharing": (1e-2, 1e-4),
-    "mora decoupling": (1e-2, 2e-4),
-    "mora rotation": (1e-2, 3e-4),
+# Peak learning rates for --init demo, scratch, and given weights. The first two are the best of the sweeps in the README; nothing was
+# swept for given weights, whose rates are the middle of what the paper searched for LLaMA-2 7B.
+LEARNING_RATES = {
+    "full": (1e-3, 3e-3, 3e-5),
+    "lora": (2e-2, 3e-3, 2e-4),
+    "lora+": (2e-3, 3e-3, 2e-4),
+    "asylora": (2e-2, 3e-3, 2e-4),
+    "dora": (2e-2, 3e-3, 2e-4),
+    "relora": (2e-2, 3e-3, 2e-4),
+    "mora truncation": (2e-2, 3e-3, 2e-4),
+    "mora sharing": (1e-2, 3e-3, 1e-4),
+    "mora decoupling": (2e-2, 3e-3, 2e-4),
+    "mora rotation": (2e-2, 3e-3, 3e-4),
 }
+
 DEMO_SIZE = PRESETS["demo"]
 DEMO_BASE = dict(seed=0, max_steps=300, warmup_steps=20, batch_size=32, learning_rate=3e-3, text_size=4_000_000)
+TASKS = {
+    "uuid": dict(methods=["full", "lora", "mora"], rank=[2], operator=["rotation"], init="demo", max_steps=500, schedule="linear"),
+    "c4": dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], operator=["sharing"], init="scratch", max_steps=1000,
+               schedule="cosine"),
+    "text": dict(methods=["mora"], rank=[8], operator=["rotation"], init="scratch", max_steps=1000, schedule="cosine"),
+    "pairs": dict(methods=["mora"], rank=[8], operator=["rotation"], init="scratch", max_steps=1000, schedule="cosine"),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -90,51 +108,74 @@ def real(minimum, maximum=math.inf):
 def parse_args(argv=None):
     """The settings as a namespace. Wrong ones end the program with one line and exit status 2."""
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    parser.add_argument("task", nargs="?", default="uuid", choices=["uuid"], help="uuid: memorize pairs of random UUIDs")
+    parser.add_argument("task", nargs="?", default="uuid", choices=TASKS, help="uuid: memorize pairs of random UUIDs. c4: pretrain on C4. "
+                        "text: pretrain on --data. pairs: learn the completions of the prompts in --data")
 
     add = parser.add_argument_group("method (an option that takes several values makes a run of each combination)").add_argument
-    add("--methods", nargs="+", choices=METHODS, default=["full", "lora", "mora"], metavar="METHOD", help=f"among {', '.join(METHODS)}")
-    add("--rank", nargs="+", type=whole(1), default=[2], metavar="R", help="LoRA's rank; MoRA's matrix gets the same number of parameters")
-    add("--operator", nargs="+", choices=list(mora.OPERATORS), default=["rotation"], metavar="OP", help=f"MoRA's, among {', '.join(mora.OPERATORS)}")
-    add("--groups", choices=["strided", "contiguous", "random", "cycle"], default="strided", help="how sharing deals its groups")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"among {', '.join(METHODS)} (default: full lora mora for uuid, "
+        "full lora relora mora remora for c4, else mora)")
+    add("--rank", nargs="+", type=whole(1), metavar="R", help="LoRA's rank; MoRA's matrix gets as many parameters (default: uuid 2, c4 4, else 8)")
+    add("--operator", nargs="+", choices=list(mora.OPERATORS), metavar="OP", help=f"MoRA's, among {', '.join(mora.OPERATORS)} (default: sharing "
+        "for c4, else rotation)")
+    add("--groups", nargs="+", choices=["strided", "contiguous", "random", "cycle"], metavar="HOW", help="how sharing deals its groups: strided, "
+        "contiguous, random, or cycle, the paper's for ReMoRA (default: random for remora, else strided)")
     add("--fold", action="store_true", help="rotation and decoupling add what lies past the outputs instead of cutting it off")
     add("--alpha", type=real(0), help="LoRA's alpha, whose update is scaled by alpha / rank (default: twice the rank)")
     add("--rslora", action="store_true", help="scale LoRA's update by alpha / sqrt(rank)")
     add("--lora_plus_ratio", type=real(0), default=16.0, metavar="X", help="B's learning rate in lora+, as a multiple of A's")
-    add("--dropout", type=real(0, 1), default=0.0, help="dropout on the adapters' input")
+    add("--dropout", type=real(0, 1), default=0.0, metavar="P", help="dropout on the adapters' input")
     add("--targets", nargs="+", metavar="LAYER", help="the linear layers to adapt, such as c_attn c_fc (default: all)")
-    add("--learning_rate", nargs="+", type=real(0), metavar="X", help="peak learning rate (default: the method's own)")
-    add("--seed", nargs="+", type=whole(0), default=[0], metavar="N", help="seed of the pairs, their order, and the adapters")
+    add("--merge_every", type=whole(1), metavar="N", help="steps between the merges of relora and remora (default: a fifth of max_steps)")
+    add("--restart_warmup", type=whole(0), metavar="N", help="steps over which the learning rate rises again after a merge (default: "
+        "a hundredth of max_steps)")
+    add("--full_warmup", type=whole(0), default=0, metavar="N", help="steps in which all weights train before the adapters begin")
 
     add = parser.add_argument_group("model and data").add_argument
-    add("--init", default="demo", help="initial weights: demo (a small base, pretrained once), scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a file")
-    add("--tokenizer", choices=["bytes", "gpt2"], help="default: the one that the initial weights were trained with")
-    add("--n_layer", type=whole(1), metavar="N", help=f"layers of a demo or scratch model (default: {DEMO_SIZE['n_layer']})")
-    add("--n_head", type=whole(1), metavar="N", help=f"its attention heads (default: {DEMO_SIZE['n_head']})")
-    add("--n_embd", type=whole(1), metavar="N", help=f"its width (default: {DEMO_SIZE['n_embd']})")
-    add("--block_size", type=whole(1), metavar="N", help=f"its longest context in tokens (default: {DEMO_SIZE['block_size']})")
-    add("--n_pairs", type=whole(1), default=32, metavar="N", help="how many pairs to memorize")
+    add("--init", help="initial weights: demo (a small base, pretrained once), scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a file "
+        "(default: demo for uuid, else scratch)")
+    add("--tokenizer", choices=["bytes", "gpt2"], help="default: the one that the initial weights were trained with; bytes for scratch")
+    for name, meaning in dict(n_layer="layers", n_head="attention heads", n_embd="width").items():
+        add(f"--{name}", type=whole(1), metavar="N", help=f"{meaning} of a demo or scratch model (default: {DEMO_SIZE[name]})")
+    add("--block_size", type=whole(2), metavar="N", help=f"longest sequence in tokens (default: {DEMO_SIZE['block_size']}, or what the weights allow)")
+    add("--n_pairs", type=whole(1), default=32, metavar="N", help="pairs of UUIDs to memorize")
+    add("--data", nargs="+", metavar="FILE", help="text: .txt, or JSON lines with a field text; pairs: JSON lines with prompt and completion; "
+        "any of them gzip'd")
+    add("--val_data", nargs="+", metavar="FILE", help="held-out data (default: every 20th document or pair of --data)")
+    add("--old_data", nargs="+", metavar="FILE", help="text on which the loss is reported as well, to see what was forgotten")
+    add("--val_tokens", type=whole(1), default=200_000, metavar="N", help="how many tokens of the held-out text each evaluation reads")
+    add("--c4_url", default=data.C4_URL, metavar="URL", help="where C4 is: http(s) or file, with the original's layout")
+    add("--shards", type=whole(1), default=1, metavar="N", help="training shards of C4 to use, of about 350 MB each")
 
     add = parser.add_argument_group("training").add_argument
-    add("--max_steps", type=whole(1), default=500, metavar="N", help="optimizer steps")
-    add("--batch_size", type=whole(1), metavar="N", help="sequences a step (default: 64, or all pairs if fewer)")
-    add("--accumulate", type=whole(1), default=1, metavar="N", help="micro-batches that a step's batch is cut into, to save memory")
-    add("--warmup_steps", type=whole(0), metavar="N", help="steps over which the learning rate rises, to fall to 0 after (default: max_steps / 10)")
+    add("--seed", nargs="+", type=whole(0), default=[0], metavar="N", help="seed of the pairs, the batches and the adapters")
+    add("--max_steps", type=whole(1), metavar="N", help="optimizer steps (default: 500 for uuid, else 1000)")
+    add("--batch_size", type=whole(1), metavar="N", help="sequences a step, in all processes together (default: uuid 64 or all pairs, else 32)")
+    add("--accumulate", type=whole(1), default=1, metavar="N", help="micro-batches that a batch is cut into, to save memory")
+    add("--learning_rate", nargs="+", type=real(0), metavar="X", help="peak learning rate (default: the method's own)")
+    add("--schedule", choices=["linear", "cosine", "constant"], help="how the learning rate falls (default: linear for uuid, else cosine)")
+    add("--warmup_steps", type=whole(0), metavar="N", help="steps over which it rises before (default: a tenth of max_steps)")
     add("--weight_decay", type=real(0), default=0.0, metavar="X", help="AdamW's weight decay")
     add("--grad_clip", type=real(0), default=1.0, metavar="X", help="largest norm of the gradient; 0 is no limit")
     add("--eval_every", type=whole(1), metavar="N", help="steps between evaluations (default: a quarter of max_steps)")
 
     add = parser.add_argument_group("running").add_argument
-    add("--out_dir", default="out", metavar="DIR", help="where every run gets its folder")
+    add("--out_dir", default="out", metavar="DIR", help="where every run gets its folder, and prepared data is kept")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of activations and products; weights stay float32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
-    add("--resume", action="store_true", help="continue the runs in out_dir where they stopped")
+    add("--resume", action="store_true", help="continue the runs in out_dir where they stopped, and keep those that are done")
+    add("--spectrum", action="store_true", help="show the singular values of the updates, and draw them if matplotlib is installed")
+    add("--export", action="store_true", help="write every trained model, merged, in GPT-2's format to model.pt, for --init")
     args = parser.parse_args(argv)
 
-    args.batch_size = args.batch_size or min(64, args.n_pairs)
-    args.warmup_steps = args.max_steps // 10 if args.warmup_steps is None else args.warmup_steps
+    for name, value in TASKS[args.task].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.batch_size = args.batch_size or (min(64, args.n_pairs) if args.task == "uuid" else 32)
     args.eval_every = args.eval_every or math.ceil(args.max_steps / 4)
+    args.warmup_steps = args.max_steps // 10 if args.warmup_steps is None else args.warmup_steps
+    args.merge_every = args.merge_every or math.ceil(args.max_steps / 5)
+    args.restart_warmup = args.max_steps // 100 if args.restart_warmup is None else args.restart_warmup
     try:
         check(args)
     except ValueError as error:
@@ -143,57 +184,88 @@ def parse_args(argv=None):
 
 
 def check(args):
-    """ValueError for what is wrong with the settings together, each being right by itself."""
+    """ValueError for settings that are wrong together, each being right by itself."""
     if args.init not in ("demo", "scratch"):
-        for name in DEMO_SIZE.keys() - {"vocab_size"}:
+        for name in ("n_layer", "n_head", "n_embd"):
             if getattr(args, name):
                 raise ValueError(f"--{name} is for --init demo or scratch: {args.init} has its own")
     if args.init == "demo" and args.tokenizer == "gpt2":
         raise ValueError("--init demo reads bytes: --tokenizer gpt2 goes with --init gpt2 or scratch")
-    if args.batch_size > args.n_pairs:
+    if args.task == "uuid" and args.batch_size > args.n_pairs:
         raise ValueError(f"--batch_size {args.batch_size} exceeds the {args.n_pairs} pairs of --n_pairs")
-    if args.accumulate > args.batch_size:
-        raise ValueError(f"--accumulate {args.accumulate} exceeds the {args.batch_size} sequences of --batch_size")
-    if args.warmup_steps >= args.max_steps:
-        raise ValueError(f"--warmup_steps {args.warmup_steps} leaves nothing of --max_steps {args.max_steps}")
-    for operator in args.operator if args.fold and "mora" in args.methods else []:
+    if args.batch_size % (args.accumulate * WORLD):
+        raise ValueError(f"--batch_size {args.batch_size} cannot be cut into {args.accumulate} micro-batches for each of {WORLD} processes")
+    if max(args.warmup_steps, args.full_warmup) >= args.max_steps:
+        raise ValueError(f"--warmup_steps and --full_warmup must leave something of --max_steps {args.max_steps}")
+    if args.restart_warmup >= args.merge_every and {"relora", "remora"} & set(args.methods):
+        raise ValueError(f"--restart_warmup {args.restart_warmup} must be below --merge_every {args.merge_every}")
+    if args.task in ("text", "pairs") and not args.data:
+        raise ValueError(f"the task {args.task} needs --data FILE")
+    for file in itertools.chain(*(files or [] for files in (args.data, args.val_data, args.old_data))):
+        if not os.path.isfile(file):
+            raise ValueError(f"{file} is not a file")
+    for operator in args.operator if args.fold else []:
         if operator not in ("decoupling", "rotation"):
             raise ValueError(f"--fold is for the operators decoupling and rotation, not {operator}")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# Device
+# Device and processes
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+
+
+def say(text):
+    """Print, once for all processes."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What the first process prepares in this block, the others find when they enter it."""
+    if RANK and WORLD > 1:
+        dist.barrier()
+    yield
+    if not RANK and WORLD > 1:
+        dist.barrier()
 
 
 def choose_device(args):
-    """Settle args.device, args.dtype and args.compile; -> a line that says what they are, and why."""
+    """Settle args.device, dtype and compile, and connect the processes; -> a line that says what was chosen, and why."""
     chosen = args.device
     if chosen == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen == "cuda":
+        chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch's own reason is clear, in its first line
-        raise ValueError(f"--device {chosen} cannot be used: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:  # torch gives the reason in its first line
+        raise ValueError(f"--device {chosen} cannot be used: {str(error).splitlines()[0]}") from error
     kind = torch.device(chosen).type
-    why = torch.cuda.get_device_name(chosen) if kind == "cuda" else "no CUDA device was found" if args.device == "auto" else "as asked"
+    name = torch.cuda.get_device_name(chosen) if kind == "cuda" else kind
+    why = name if kind == "cuda" else "no CUDA device was found" if args.device == "auto" else "as asked"
     if args.dtype != "auto":
-        args.dtype, why_dtype = args.dtype, "as asked"
+        why_dtype = "as asked"
     elif kind != "cuda":
-        args.dtype, why_dtype = "float32", f"mixed precision gains nothing on {kind}"
+        args.dtype, why_dtype = "float32", f"mixed precision is for CUDA"
     elif torch.cuda.is_bf16_supported(including_emulation=False):
-        args.dtype, why_dtype = "bfloat16", "the card computes in it; weights stay float32"
+        args.dtype, why_dtype = "bfloat16", "mixed precision; weights stay float32"
     else:
-        args.dtype, why_dtype = "float16", "the card has no bfloat16; gradients are scaled; weights stay float32"
-    args.device, args.device_name = chosen, torch.cuda.get_device_name(chosen) if kind == "cuda" else kind
+        args.dtype, why_dtype = "float16", "mixed precision; the card has no bfloat16, so gradients are scaled"
+    args.device, args.device_name = chosen, name
     args.compile = kind == "cuda" if args.compile is None else args.compile
-    return f"device {chosen} ({why}), {args.dtype} ({why_dtype}), {'compiled' if args.compile else 'not compiled'}, torch {torch.__version__}"
+    if WORLD > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))  # for the first to prepare data
+    return (f"device: {chosen} ({why}), {args.dtype} ({why_dtype}), {'compiled' if args.compile else 'not compiled'}, torch {torch.__version__}"
+            + (f", {WORLD} processes" if WORLD > 1 else ""))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# Metrics
+# Tasks: what is measured. `data` says what is learned.
 
 
-def uuid_metrics(pairs, model):
+def uuid_metrics(model, pairs):
     """The accuracy on the values' hex digits, as a fraction, and the fraction of values that are right as a whole.
 
     A digit is right if it is the likeliest after the key and the true digits before it. Where all 32 are, greedy decoding finds them
@@ -207,16 +279,59 @@ def uuid_metrics(pairs, model):
     return {"char_accuracy": right.float().mean().item(), "exact_match": right.all(dim=1).float().mean().item()}
 
 
-def uuid_summary(rows):
-    """What the last table says of a run, in %: the accuracy at four moments, as in the paper's Table 2, and exact matches."""
-    moments = [rows[math.ceil(len(rows) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
-    return {f"step {row['step']}": 100 * row["char_accuracy"] for row in moments} | {"exact": 100 * rows[-1]["exact_match"]}
+def text_loss(model, text):
+    """The mean loss on the held-out tokens, in nats per token."""
+    losses = [(model(idx, targets)[1].item(), (targets != -100).sum().item()) for idx, targets in text.validation()]
+    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
 
 
-def uuid_completions(pairs, model, tokenizer, n=3):
-    """What the model says to the first n keys, decoded greedily, as strings."""
-    keys = pairs.tokens[:n, :data.UUID_LENGTH + 1]  # with the colon
-    return [tokenizer.decode(row[keys.shape[1]:].tolist()) for row in model.generate(keys, data.UUID_LENGTH)]
+def text_metrics(model, text, old_text=None):
+    """Loss and perplexity on the held-out tokens; and the loss on a text learned earlier, if there is one."""
+    loss = text_loss(model, text)
+    return {"val_loss": loss, "perplexity": math.exp(loss)} | ({"old_loss": text_loss(model, old_text)} if old_text else {})
+
+
+def pairs_metrics(model, pairs):
+    """Loss on the held-out completions, and the fraction of them whose every token is the likeliest after those before it."""
+    loss, n_targets, right, n_rows = 0.0, 0, 0, 0
+    for idx, targets in pairs.validation():
+        logits, mean = model(idx, targets)
+        loss, n_targets = loss + mean.item() * (targets != -100).sum().item(), n_targets + (targets != -100).sum().item()
+        right, n_rows = right + ((logits.argmax(-1) == targets) | (targets == -100)).all(dim=1).sum().item(), n_rows + len(targets)
+    return {"val_loss": loss / n_targets, "perplexity": math.exp(loss / n_targets), "exact_match": right / n_rows}
+
+
+def load_task(config, tokenizer, context):
+    """-> the data set to learn, and the function that measures a model on it. `context` is the model's longest, in tokens."""
+    if config.task == "uuid":
+        dataset = data.UUIDPairs(config.n_pairs, tokenizer, config.batch_size, config.seed, config.device)
+        return dataset, functools.partial(uuid_metrics, pairs=dataset)
+    block_size = config.block_size or context
+    common = dict(block_size=block_size, batch_size=config.batch_size, seed=config.seed, device=config.device)
+    if config.task == "pairs":
+        dataset = data.PromptPairs(*data.prompt_pairs(config.data, config.val_data), tokenizer, **common)
+        say(f"{len(dataset.train):,} pairs to learn, {len(dataset.val):,} held out; {dataset.cut} cut to {block_size} tokens, {dataset.dropped} too long to use")
+        return dataset, functools.partial(pairs_metrics, pairs=dataset)
+    folder, old_text = Path(config.out_dir, "data"), None
+    with first_process_first():
+        files = (data.c4_tokens(config.c4_url, config.shards, tokenizer, folder) if config.task == "c4" else
+                 data.text_tokens(config.data, config.val_data, tokenizer, folder))
+        if config.old_data:
+            old = data.token_file(data.Documents(config.old_data), tokenizer, folder)
+            old_text = data.Text([old], old, val_tokens=config.val_tokens, **common)
+    text = data.Text(*files, val_tokens=config.val_tokens, **common)
+    say(f"{sum(map(len, text.train)):,} tokens to learn from, {min(len(text.val) - 1, config.val_tokens):,} to measure on")
+    return text, functools.partial(text_metrics, text=text, old_text=old_text)
+
+
+def summary(rows):
+    """What the last table says of a run: for UUIDs the accuracy in % at four moments, as in the paper's Table 2."""
+    last = rows[-1]
+    if "char_accuracy" in last:
+        moments = [rows[math.ceil(len(rows) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
+        return {f"step {row['step']}": 100 * row["char_accuracy"] for row in moments} | {"exact": 100 * last["exact_match"]}
+    columns = {"val_loss": "val loss", "perplexity": "perplexity", "old_loss": "old loss", "exact_match": "exact"}
+    return {title: last[name] * (100 if name == "exact_match" else 1) for name, title in columns.items() if name in last}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -231,10 +346,11 @@ def load_base(args):
         tokenizer = data.get_tokenizer(args.tokenizer or "bytes")
         torch.manual_seed(0)
         return GPT(GPTConfig(**size_of(args) | {"vocab_size": tokenizer.n_vocab})), tokenizer
-    model = GPT.from_pretrained(args.init)
+    with first_process_first():
+        model = GPT.from_pretrained(args.init)
     tokenizer = data.get_tokenizer(args.tokenizer or ("bytes" if model.config.vocab_size == 257 else "gpt2"))
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, and {args.init} knows only {model.config.vocab_size}")
+        raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, and {args.init} knows {model.config.vocab_size}")
     return model, tokenizer
 
 
@@ -245,20 +361,21 @@ def size_of(args):
 
 def demo_base(args):
     """The demo's base and its tokenizer; if out_dir does not hold the base, it is pretrained first."""
-    single = dict(method="full", rank=None, accumulate=1, eval_every=DEMO_BASE["max_steps"] // 4, **size_of(args))
-    config = argparse.Namespace(**vars(args) | DEMO_BASE | single)
-    identity = json.dumps([size_of(args), DEMO_BASE, sys.version_info[:2]])  # the library's text changes with Python's version
+    size, tokenizer = size_of(args), data.get_tokenizer("bytes")
+    identity = json.dumps([size, DEMO_BASE, sys.version_info[:2]])  # the library's text changes with Python's version
     folder = Path(args.out_dir, f"base-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
-    tokenizer = data.get_tokenizer("bytes")
     if not (folder / "model.pt").exists():
-        print("pretraining the demo's base, once: half Python's standard library, half random pairs", flush=True)
+        say("pretraining the demo's base, once: half Python's standard library, half random pairs")
+        single = dict(method="full", rank=None, accumulate=1, full_warmup=0, schedule="linear", eval_every=DEMO_BASE["max_steps"] // 4)
+        config = argparse.Namespace(**vars(args) | DEMO_BASE | single)
         torch.manual_seed(config.seed)
-        model = GPT(GPTConfig(**size_of(args))).to(config.device)
+        model = GPT(GPTConfig(**size)).to(config.device)
         text = data.DemoText(config.text_size, tokenizer, config.batch_size, config.seed, config.device)
         train(model, text, lambda model: {"val_loss": model(*text.batch(-1))[1].item()}, config, folder)
-        model.export(folder / "model.pt")
-    print(f"base: {folder / 'model.pt'}")
-    return GPT.from_pretrained(str(folder / "model.pt")), tokenizer
+        write(folder / "model.pt", model.export)
+    say(f"base: {folder / 'model.pt'}")
+    with first_process_first():
+        return GPT.from_pretrained(str(folder / "model.pt")), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -268,152 +385,238 @@ def demo_base(args):
 def make_optimizer(model, config):
     """AdamW on what trains. The learning rate of a group is the schedule's times its `multiple`: 1, but for B in LoRA+."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    fast = [parameter for name, parameter in trainable.items() if config.method == "lora+" and name.endswith(".B")]
-    slow = [parameter for name, parameter in trainable.items() if not (config.method == "lora+" and name.endswith(".B"))]
-    groups = [{"params": slow, "multiple": 1.0}, {"params": fast, "multiple": config.lora_plus_ratio}]
+    fast = {name for name in trainable if config.method == "lora+" and name.endswith(".B")}
+    groups = [{"params": [trainable[name] for name in trainable if name not in fast], "multiple": 1.0},
+              {"params": [trainable[name] for name in trainable if name in fast], "multiple": config.lora_plus_ratio}]
     fused = torch.device(config.device).type == "cuda"
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=config.weight_decay, fused=fused)
 
 
+def merges_after(step, config):
+    """Whether adapters are merged and reset after this step: every `merge_every` steps in ReLoRA and ReMoRA, but not after the last."""
+    return config.method in ("relora", "remora") and (step + 1) % config.merge_every == 0 and step + 1 < config.max_steps
+
+
 def learning_rate(step, config):
-    """Linear warm-up to the peak over `warmup_steps`, then linear decay, which would reach 0 at `max_steps`."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    return config.learning_rate * (config.max_steps - step) / (config.max_steps - config.warmup_steps)
+    """Linear warm-up to the peak, then the schedule's fall, which would reach 0 at `max_steps`.
+
+    Where adapters start anew, after a merge or a full-rank warm-up, the rate rises once more, over `restart_warmup` steps from 0 back onto
+    that curve: ReLoRA's jagged schedule.
+    """
+    progress = max(0.0, (step - config.warmup_steps) / (config.max_steps - config.warmup_steps))
+    fall = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[config.schedule]
+    rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    restart = config.full_warmup if config.method != "full" else 0
+    if config.method in ("relora", "remora"):
+        restart = max(restart, step // config.merge_every * config.merge_every)
+    if restart:
+        rise = min(rise, (step - restart + 1) / max(1, config.restart_warmup))
+    return config.learning_rate * rise * fall
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def train(model, dataset, evaluate, config, folder):
-    """Train `model` in place, writing metrics.csv and checkpoint.pt at every evaluation; -> the rows of metrics.csv as dicts."""
-    kind = torch.device(config.device).type
+def train(model, dataset, evaluate, config, folder, first=0, last=None):
+    """Train `model` in place from step `first` to `last`; -> a dict of metrics for every evaluation, the rows of folder/metrics.csv."""
+    kind, last = torch.device(config.device).type, last or config.max_steps
     autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     scaler = torch.amp.GradScaler(kind, enabled=config.dtype == "float16")
     optimizer = make_optimizer(model, config)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    compiled = torch.compile(model) if config.compile else model
-    first, rows = 0, []
+    parallel = torch.compile(model) if config.compile else model
+    rows, losses = [], []
     if config.resume and (folder / "checkpoint.pt").exists():
-        first, rows = load_checkpoint(folder / "checkpoint.pt", config, model, optimizer, scaler)
+        first, rows, losses = load_checkpoint(folder / "checkpoint.pt", config, model, optimizer, scaler)
+        say(f"resumed after step {first}")
+    if WORLD > 1:
+        parallel = torch.nn.parallel.DistributedDataParallel(parallel, broadcast_buffers=False)
 
-    losses, tokens, lap, begin = [], 0, time.perf_counter(), time.perf_counter()
-    for step in range(first, config.max_steps):
-        # All randomness of a step follows from (seed, step), so that a resumed run draws what an uninterrupted one would have drawn
-        torch.manual_seed(data.seeded("step", config.seed, step).initial_seed())
-        idx, targets = dataset.batch(step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config) * group["multiple"]
+    tokens, lap, begin = 0, time.perf_counter(), time.perf_counter()
+    with interrupts() as interrupted:
+        for step in range(first, last):
+            # Whatever is random in a step follows from (seed, step), so that a resumed run draws what an uninterrupted one draws
+            torch.manual_seed(data.seeded("step", config.seed, step, RANK).initial_seed())
+            idx, targets = dataset.batch(step)
+            rate, n_targets = learning_rate(step, config), (targets != -100).sum()
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["multiple"]
 
-        # Forward and backward; each micro-batch counts by its share of the targets, so cutting the batch changes nothing
-        model.train()
-        loss, n_targets = 0.0, (targets != -100).sum()
-        for part, part_targets in zip(idx.chunk(config.accumulate), targets.chunk(config.accumulate)):
-            with autocast:
-                part_loss = compiled(part, part_targets)[1] * (part_targets != -100).sum() / n_targets
-            scaler.scale(part_loss).backward()
-            loss += part_loss.detach()
-        losses.append(loss)
-        tokens += idx.numel()
+            # Forward and backward. A micro-batch counts by its share of the targets, so the gradient is that of the whole batch,
+            # however it is cut; DDP averages over processes, hence the factor WORLD
+            model.train()
+            loss, parts = 0.0, list(zip(idx[RANK::WORLD].chunk(config.accumulate), targets[RANK::WORLD].chunk(config.accumulate)))
+            for i, (part, part_targets) in enumerate(parts):
+                with contextlib.nullcontext() if WORLD == 1 or i == len(parts) - 1 else parallel.no_sync():
+                    with autocast:
+                        part_loss = parallel(part, part_targets)[1] * (part_targets != -100).sum() / n_targets
+                    scaler.scale(part_loss * WORLD).backward()
+                loss += part_loss.detach()
+            if WORLD > 1:
+                dist.all_reduce(loss)
+            losses.append(loss)
+            tokens += idx.numel()
 
-        # Clip and step
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+            # Clip and step
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
 
-        # Evaluate, save, report
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.max_steps:
-            rate, loss = learning_rate(step, config), torch.stack(losses).mean().item()
-            speed = tokens / (time.perf_counter() - lap)
-            if not math.isfinite(loss):
-                raise ValueError(f"{folder}: the loss is {loss} at step {step + 1}: try a --learning_rate below {config.learning_rate:g}")
-            with torch.no_grad(), autocast:
-                metrics = evaluate(model.eval())
-            rows.append({"step": step + 1, "loss": loss, "learning_rate": rate, "tokens_per_second": speed} | metrics)
-            save_checkpoint(folder, rows, config, model, optimizer, scaler)
-            left = (time.perf_counter() - begin) / (step + 1 - first) * (config.max_steps - step - 1)
-            print(f"step {step + 1:>{len(str(config.max_steps))}}/{config.max_steps}  loss {loss:.4f}  {show(metrics)}  "
-                  f"{speed:,.0f} tokens/s  {left:.0f} s left", flush=True)
-            losses, tokens, lap = [], 0, time.perf_counter()
+            # Merge: the adapters start anew, and so does the optimizer's memory of them
+            if merges_after(step, config):
+                mora.merge_and_reset(model, data.seeded("merge", config.seed, step + 1))
+                for adapter in mora.find_adapters(model).values():
+                    for parameter in adapter.parameters():
+                        optimizer.state.pop(parameter, None)
+
+            # Evaluate, save, report
+            ends = step + 1 == last
+            if (step + 1) % config.eval_every == 0 or ends:
+                loss, speed = mean_loss(losses, step, folder), tokens / (time.perf_counter() - lap)
+                with torch.no_grad(), autocast:
+                    metrics = evaluate(model.eval())
+                rows.append({"step": step + 1, "loss": loss, "learning_rate": rate, "tokens_per_second": speed} | metrics)
+                losses = []
+                save_checkpoint(folder, step + 1, rows, losses, config, model, optimizer, scaler)
+                left = (time.perf_counter() - begin) / (step + 1 - first) * (last - step - 1)
+                say(f"step {step + 1:>{len(str(config.max_steps))}}/{config.max_steps}  loss {loss:.4f}  {show(metrics)}  "
+                    f"{speed:,.0f} tokens/s  {left:.0f} s left")
+                tokens, lap = 0, time.perf_counter()
+            if interrupted and not ends:
+                save_checkpoint(folder, step + 1, rows, losses, config, model, optimizer, scaler)
+                raise KeyboardInterrupt(f"stopped after step {step + 1}, which is saved: the same command with --resume goes on from there")
     return rows
+
+
+def mean_loss(losses, step, folder):
+    """The mean of the last steps' losses, the last one being that of `step`. Diverged if one is not finite."""
+    losses = torch.stack(losses)
+    for i in (~losses.isfinite()).nonzero()[:1].flatten().tolist():
+        saved = f"{folder / 'checkpoint.pt'} holds the last good state" if (folder / "checkpoint.pt").exists() else "nothing was saved before"
+        raise Diverged(f"{folder}: the loss is {losses[i]:g} at step {step - len(losses) + i + 2}: try a lower --learning_rate; {saved}")
+    return losses.mean().item()
+
+
+class Diverged(ValueError):
+    """The loss is not finite."""
 
 
 def show(metrics):
     """Metrics as people read them."""
-    return "  ".join(f"{name.replace('_', ' ')} " + (f"{value:.4f}" if "loss" in name else f"{value:.1%}") for name, value in metrics.items())
+    fractions = ("char_accuracy", "exact_match")
+    return "  ".join(f"{name.replace('_', ' ')} " + (f"{value:.1%}" if name in fractions else f"{value:.4f}") for name, value in metrics.items())
+
+
+@contextlib.contextmanager
+def interrupts():
+    """In this block SIGINT and SIGTERM only fill the list that it gives, so that a step can end; a second signal does not wait."""
+    received = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt("stopped at once: the last checkpoint stands")
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def write(path, save):
-    """Let `save(path)` write a file under another name first, so that the name never stands for half a file."""
+    """Let `save` write a file under a temporary name, so that `path` never stands for half a file. One process writes for all."""
+    if RANK:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         save(temporary)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error
-    os.replace(temporary, path)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; what was there is unchanged") from error
 
 
-def save_checkpoint(folder, rows, config, model, optimizer, scaler):
+def save_checkpoint(folder, step, rows, losses, config, model, optimizer, scaler):
     """Write checkpoint.pt, all that resuming needs, and metrics.csv."""
-    state = dict(rows=rows, config=vars(config), model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    state = dict(step=step, rows=rows, losses=losses, config=vars(config), model=model.state_dict(), optimizer=optimizer.state_dict(),
+                 scaler=scaler.state_dict())
     write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
+    if rows:
+        write(folder / "metrics.csv", lambda path: write_csv(path, rows))
 
-    def save_csv(path):
-        with open(path, "w", newline="") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-    write(folder / "metrics.csv", save_csv)
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def load_checkpoint(path, config, model, optimizer, scaler):
-    """Restore a run; -> its next step and its rows so far. ValueError if its settings were others."""
+    """Restore a run; -> the number of steps done, the rows so far and the losses since. ValueError if its settings were others."""
     try:
         state = torch.load(path, map_location=config.device, weights_only=True)
-        rows, saved = state["rows"], state["config"]
-    except Exception as error:  # whatever torch.load meets in a damaged file
-        raise ValueError(f"{path} is damaged: delete it to start the run again") from error
+        saved, step, rows, losses = (state[name] for name in ("config", "step", "rows", "losses"))
+    except Exception as error:  # whatever torch.load meets in a damaged or foreign file
+        raise ValueError(f"{path} is damaged: delete it to start this run again") from error
     check_same(path, saved, config)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    return rows[-1]["step"], rows
+    return step, rows, losses
+
+
+MAY_CHANGE = {"out_dir", "device", "device_name", "compile", "resume", "eval_every", "spectrum", "export"}
 
 
 def check_same(path, saved, config):
-    """ValueError if a run's saved settings differ from `config` in anything but where it runs."""
-    for name in vars(config).keys() - {"out_dir", "device", "device_name", "compile", "resume"}:
-        if saved.get(name) != getattr(config, name):
-            raise ValueError(f"{path} was made with {name} = {saved.get(name)}, and now it is {getattr(config, name)}: "
-                             "--resume needs the same settings, or another --out_dir")
+    """ValueError if a saved run's settings are others than `config`'s, but for where and how it runs."""
+    now = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
+    if config.schedule == "constant" and saved.get("max_steps", 0) <= config.max_steps:
+        del now["max_steps"]  # only where the schedule's beginning does not depend on its end can a run be prolonged
+    others = [f"--{name} {saved.get(name)} instead of {value}" for name, value in now.items() if saved.get(name) != value]
+    if others:
+        raise ValueError(f"{path} was made with {', '.join(others)}: --resume needs the same settings, or another --out_dir")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# Runs and their results
+# Runs
 
 
 def runs(args):
     """A configuration for every combination of the options that take several values, as far as they concern the method."""
+    column = {"demo": 0, "scratch": 1}.get(args.init, 2)
     for method in args.methods:
-        for rank in args.rank if method != "full" else [None]:
-            for operator in args.operator if method == "mora" else [None]:
-                own = LEARNING_RATES[f"{method} {operator}" if operator else method][args.init != "demo"]
-                for rate, seed in itertools.product(args.learning_rate or [own], args.seed):
-                    single = dict(method=method, rank=rank, operator=operator, learning_rate=rate, seed=seed)
+        is_mora = mora.METHODS.get(method) is mora.MoRALinear
+        for rank, operator in itertools.product(args.rank if method != "full" else [None], args.operator if is_mora else [None]):
+            own_groups = ["random" if method == "remora" else "strided"]
+            for groups in (args.groups or own_groups) if operator == "sharing" else [None]:
+                own_rate = LEARNING_RATES[f"mora {operator}" if operator else method][column]
+                for rate, seed in itertools.product(args.learning_rate or [own_rate], args.seed):
+                    single = dict(method=method, rank=rank, operator=operator, groups=groups, learning_rate=rate, seed=seed)
                     config = argparse.Namespace(**vars(args) | single)
+                    config.fold = args.fold and operator is not None
+                    config.merge_every = args.merge_every if method in ("relora", "remora") else None
                     del config.methods
                     yield config
 
 
 def label(config):
-    """The setting's name, such as "mora rotation fold r2"."""
-    fold = config.fold and config.operator in ("decoupling", "rotation")
-    return " ".join(part for part in (config.method, config.operator, fold and "fold", config.rank and f"r{config.rank}") if part)
+    """A setting's name, such as "mora rotation fold r2"."""
+    groups = config.groups if config.method == "remora" or config.groups != "strided" else None
+    parts = (config.method, config.operator, groups, config.fold and "fold", config.rank and f"r{config.rank}")
+    return " ".join(part for part in parts if part)
 
 
 def adapt(model, config):
@@ -422,91 +625,163 @@ def adapt(model, config):
         return model
     names = {"truncation": [], "sharing": ["groups"], "decoupling": ["fold"], "rotation": ["fold"], None: ["alpha", "rslora"]}
     options = {name: getattr(config, name) for name in names[config.operator]}
-    return mora.add_adapters(model, config.method, config.rank, config.operator, config.targets, dropout=config.dropout, **options)
+    mora.add_adapters(model, config.method, config.rank, config.operator, config.targets, dropout=config.dropout, **options)
+    if config.init == "scratch":  # only linear layers can stay at random values: norms, embeddings and head learn
+        for module in model.modules():
+            if not isinstance(module, (torch.nn.Linear, mora.Adapter)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(True)
+    return model
 
 
 def run(config, base, tokenizer):
-    """Train a copy of `base` by one method with one seed, and write adapter.pt and results.json; -> what results.json holds."""
+    """Train a copy of `base` by one method with one seed, and write results.json and adapter.pt; -> what results.json holds."""
     folder = Path(config.out_dir, "-".join([config.task, *label(config).split(), f"lr{config.learning_rate:g}", f"seed{config.seed}"]))
     if config.resume and (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text())
         check_same(folder / "results.json", results["config"], config)
-        print(f"\n{folder}: finished before")
-        return results
-    pairs = data.UUIDPairs(config.n_pairs, tokenizer, config.batch_size, config.seed, config.device)
-    evaluate = functools.partial(uuid_metrics, pairs)
+        if results["steps"] == config.max_steps:
+            say(f"\n{folder}: done before")
+            return results
+    say(f"\n{folder}")
+    dataset, evaluate = load_task(config, tokenizer, base.config.block_size)
+    start, begin, first = base, time.perf_counter(), 0
+    if config.full_warmup and config.method != "full":
+        start, first = copy.deepcopy(base), config.full_warmup
+        train(start, dataset, evaluate, argparse.Namespace(**vars(config) | dict(method="full")), folder / "full_warmup", last=first)
     torch.manual_seed(config.seed)  # for the adapters' random numbers
-    model = adapt(copy.deepcopy(base), config)
+    model = adapt(copy.deepcopy(start), config)
     trainable, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (False, True))
-    sizes = [adapter.operator.size for adapter in mora.find_adapters(model).values()] if config.operator else []
-    size = "-".join(str(side) for side in sorted({min(sizes), max(sizes)})) if sizes else None
-    print(f"\n{folder}\n{trainable:,} of {total:,} parameters train" + (f", r̂ = {size}" if size else ""))
-    with torch.no_grad():
-        batch = pairs.batch(0)
-        logits, base_logits = (network.eval()(*batch)[0] for network in (model, base))
-        difference = (logits - base_logits).abs().max().item()
-    if not difference <= 1e-4 * base_logits.abs().max():
-        raise RuntimeError(f"an adapted model must start as its base, but its logits differ by {difference:g}")
-    print(f"before training: logits differ from the base's by {difference:.1g}, {show(evaluate(model))}", flush=True)
+    adapters = [module for module in model.modules() if isinstance(module, mora.Adapter)]
+    own = sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
+    sizes = sorted({adapter.operator.size for adapter in adapters if config.operator})
+    size = "-".join(str(side) for side in sorted({*sizes[:1], *sizes[-1:]})) or None
+    say(f"{trainable:,} of {total:,} parameters train" + (f", {own:,} of them in adapters" if adapters else "") + (f", r̂ = {size}" if size else ""))
+    check_start(model, start, dataset, evaluate)
 
-    start = time.perf_counter()
-    rows = train(model, pairs, evaluate, config, folder)
+    rows = train(model, dataset, evaluate, config, folder, first)
+    spectra = update_spectra(model, base)
     results = {"method": config.method, "rank": config.rank, "operator": config.operator, "seed": config.seed, "size": size,
-               "trainable_parameters": trainable, "total_parameters": total, "steps": config.max_steps,
-               "seconds": time.perf_counter() - start, "metrics": rows[-1], "rows": rows, "summary": uuid_summary(rows),
-               "update_rank": update_rank(model, base), "completions": uuid_completions(pairs, model.eval(), tokenizer),
-               "config": vars(config), "torch": torch.__version__, "device": config.device_name}
-    if config.method != "full":
+               "trainable_parameters": trainable, "adapter_parameters": own, "total_parameters": total,
+               "steps": config.max_steps, "seconds": time.perf_counter() - begin, "metrics": rows[-1], "rows": rows,
+               "summary": summary(rows), "spectra": spectra, "config": vars(config), "torch": torch.__version__, "device": config.device_name}
+    if config.task == "uuid":
+        keys = dataset.tokens[:3, :data.UUID_LENGTH + 1]  # with the colon
+        answers = model.eval().generate(keys, data.UUID_LENGTH)[:, data.UUID_LENGTH + 1:]
+        results["completions"] = [tokenizer.decode(answer.tolist()) for answer in answers]
+    if adapters:
         write(folder / "adapter.pt", lambda path: torch.save(mora.adapter_state_dict(model), path))
     write(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1, ensure_ascii=False)))
+    if config.export:
+        write(folder / "model.pt", (mora.merge_adapters(model) if adapters else model).export)
     return results
 
 
 @torch.no_grad()
-def update_rank(model, base):
-    """The rank of what training added to a weight, as a mean over the linear layers that it changed."""
-    ranks = []
+def check_start(model, start, dataset, evaluate):
+    """See that adapters change nothing before they are trained, and say how the model does."""
+    batch = dataset.batch(0)
+    logits, start_logits = (network.eval()(*batch)[0] for network in (model, start))
+    difference = (logits - start_logits).abs().max().item()
+    if not difference <= 1e-4 * start_logits.abs().max():
+        raise RuntimeError(f"an adapted model must start as its base, but its logits differ by {difference:g}")
+    say(f"before training: logits differ from the base's by {difference:.1g}  {show(evaluate(model))}")
+
+
+@torch.no_grad()
+def update_spectra(model, base):
+    """What training added to the linear layers, over all merges: for each kind of layer, statistics of the update's singular values.
+
+    Means over the layers of a kind: rank, the count above 0.1 (the paper's Figure 5), the effective rank, exp of the entropy of the
+    singular values' shares, the stable rank, Σ s² / max s², and the values themselves.
+    """
+    kinds = collections.defaultdict(list)
     for name, layer in base.named_modules():
         if isinstance(layer, torch.nn.Linear):
             tuned = model.get_submodule(name)
             weight = tuned.merged_weight() if isinstance(tuned, mora.Adapter) else tuned.weight
-            ranks.append(torch.linalg.matrix_rank(weight - layer.weight).item())
-    return statistics.mean(rank for rank in ranks if rank)
+            values = torch.linalg.svdvals(weight - layer.weight)
+            if values[0] > 0:
+                kinds[re.sub(r"^h\.\d+\.", "", name)].append(values)
+    spectra = {}
+    for kind, layers in kinds.items():
+        values = torch.stack(layers)  # (layers, min(d, k)), descending
+        noise = values[:, :1] * max(base.get_submodule(f"h.0.{kind}").weight.shape) * torch.finfo(values.dtype).eps
+        share = values / values.sum(1, keepdim=True)
+        statistics = {"rank": (values > noise).sum(1), "above 0.1": (values > 0.1).sum(1),
+                      "effective rank": torch.special.entr(share).sum(1).exp(), "stable rank": (values / values[:, :1]).square().sum(1)}
+        spectra[kind] = {name: value.float().mean().item() for name, value in statistics.items()}
+        spectra[kind]["values"] = [float(f"{value:.4g}") for value in values.mean(0).tolist()]
+    return spectra
 
 
-def table(results):
-    """The results as a Markdown table, a row for all seeds of a setting: the mean, and ± the standard deviation over the seeds."""
-    settings = {}
-    for result in results:
-        config = argparse.Namespace(**result["config"])
-        settings.setdefault((label(config), config.learning_rate), []).append(result)
+# ------------------------------------------------------------------------------------------------------------------------------
+# Results
 
-    def over_seeds(values, digits=1):
-        return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
-    rows = []
-    for (name, rate), group in settings.items():
-        rows.append({"method": name, "r̂": group[0]["size"] or "-", "parameters": f"{group[0]['trainable_parameters']:,}", "peak rate": f"{rate:g}"}
-                    | {key: over_seeds([result["summary"][key] for result in group]) for key in group[0]["summary"]}
-                    | {"rank of ΔW": over_seeds([result["update_rank"] for result in group], 0),
-                       "seconds": f"{statistics.mean(result['seconds'] for result in group):.0f}"})
+def over_seeds(values, digits=1):
+    """The mean, and the standard deviation if there are several."""
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def markdown(rows):
+    """Dicts with the same keys as a Markdown table that reads well as text."""
     widths = {key: max(len(row[key]) for row in [{key: key}, *rows]) for key in rows[0]}
     lines = [{key: key for key in widths}, {key: "-" * width for key, width in widths.items()}, *rows]
     return "\n".join("| " + " | ".join(line[key].ljust(width) for key, width in widths.items()) + " |" for line in lines)
 
 
-def completions(results, pairs):
-    """The pairs, and what every run's model says to their keys, wrong characters marked below."""
+def results_table(results):
+    """One row for all seeds of a setting."""
+    settings = collections.defaultdict(list)
+    for result in results:
+        settings[label(argparse.Namespace(**result["config"])), result["config"]["learning_rate"]].append(result)
+    rows = []
+    for (name, rate), group in settings.items():
+        ranks = [statistics.mean(kind["rank"] for kind in result["spectra"].values()) for result in group if result["spectra"]]
+        digits = 1 if "exact" in group[0]["summary"] else 3
+        rows.append({"method": name, "r̂": group[0]["size"] or "-",
+                     "parameters": f"{group[0]['adapter_parameters'] or group[0]['trainable_parameters']:,}", "peak rate": f"{rate:g}"}
+                    | {key: over_seeds([result["summary"][key] for result in group], digits) for key in group[0]["summary"]}
+                    | {"rank of ΔW": over_seeds(ranks, 0) if ranks else "-", "seconds": over_seeds([result["seconds"] for result in group], 0).split()[0]})
+    return markdown(rows)
+
+
+def spectrum_table(results):
+    """One row for each kind of layer in each run."""
+    return markdown([{"run": f"{label(argparse.Namespace(**result['config']))} seed{result['seed']}", "layers": kind}
+                     | {name: f"{value:.1f}" for name, value in spectrum.items() if name != "values"}
+                     for result in results for kind, spectrum in result["spectra"].items()])
+
+
+def draw_spectra(results, path):
+    """The singular values of every run's updates, one panel for each kind of layer."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return say("matplotlib is not installed: no picture")
+    kinds = list(results[0]["spectra"])
+    figure = Figure(figsize=(4 * len(kinds), 3.2), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        for result in results:
+            axes.semilogy(result["spectra"][kind]["values"], label=label(argparse.Namespace(**result["config"])))
+        axes.set(title=kind, xlabel="index", ylabel="singular value of ΔW", ylim=(1e-4, None))
+    axes.legend()
+    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    say(f"drawn: {path}")
+
+
+def show_completions(results, pairs):
+    """The pairs, and what every run's model says to their keys, with wrong characters marked below."""
     names = [label(argparse.Namespace(**result["config"])) for result in results]
-    lines, width = [], max(map(len, ["value", *names]))
+    width = max(map(len, ["value", *names]))
     for i, (key, value) in enumerate(pairs):
-        lines += ["", f"{'key':{width}}  {key}", f"{'value':{width}}  {value}"]
+        say(f"\n{'key':{width}}  {key}\n{'value':{width}}  {value}")
         for name, result in zip(names, results):
             guess = result["completions"][i]
-            lines.append(f"{name:{width}}  {guess}")
+            say(f"{name:{width}}  {guess}")
             if guess != value:
-                lines.append(" " * (width + 2) + "".join(" " if a == b else "^" for a, b in zip(guess, value)))
-    return "\n".join(lines)
+                say(" " * (width + 2) + "".join(" " if a == b else "^" for a, b in zip(guess, value)))
 
 
 NEXT = """
@@ -520,19 +795,43 @@ Next, for example:
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    results, status = [], 0
     try:
-        print(choose_device(args))
+        say(choose_device(args))
+        write(Path(args.out_dir, ".writable"), Path.touch)
         base, tokenizer = load_base(args)
         base.to(args.device)
-        print(f"{args.n_pairs} pairs to memorize; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right", flush=True)
-        results = [run(config, base, tokenizer) for config in runs(args)]
+        if args.task == "uuid":
+            say(f"{args.n_pairs} pairs to memorize; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")
+        mora.find_targets(base, args.targets)  # a wrong name is found before, not between, the runs
+        if not 1 < (args.block_size or 2) <= base.config.block_size:
+            raise ValueError(f"--block_size {args.block_size} exceeds the context of {args.init}, {base.config.block_size} tokens")
+        for config in runs(args):
+            try:
+                results.append(run(config, base, tokenizer))
+            except Diverged as error:  # one run of several may, at a rate too high
+                print(f"train.py: error: {error}", file=sys.stderr)
+                status = 2
+        if results:
+            say("\n" + results_table(results))
+        if args.spectrum and results:
+            say("\n" + spectrum_table(results))
+            draw_spectra(results, Path(args.out_dir, f"{args.task}-spectra.png"))
     except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print("\n" + table(results))
-    print(completions([result for result in results if result["seed"] == args.seed[0]], data.uuid_pairs(args.n_pairs, args.seed[0])[:3]))
-    if not argv:
-        print(NEXT)
+        status = 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\ntrain.py: {interrupt or 'stopped'}", file=sys.stderr)
+        status = 130
+    else:
+        if args.task == "uuid":
+            show_completions([result for result in results if result["seed"] == args.seed[0]], data.uuid_pairs(args.n_pairs, args.seed[0])[:3])
+        if not argv:
+            say(NEXT)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(status)
 
 
 if __name__ == "__main__":
