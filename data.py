@@ -325,7 +325,7 @@ def tokenize(documents, tokenizer, path):
                     file.write(array.array("H", tokens).tobytes())
                     count += len(tokens)
                     share = getattr(documents, "share", 0)
-                    progress.show(count, count / share if 0 < share < 1 else None)
+                    progress.show(count, count / share if share else None)
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -333,9 +333,8 @@ def tokenize(documents, tokenizer, path):
 
 def token_file(documents, tokenizer, folder):
     """The path in `folder` of the tokens of some Documents. Made once: its name says of what, so files that changed get another."""
-    key = [tokenizer.name, documents.part, HELD_OUT]
-    key += [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(documents.paths, documents.stats)]
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    key = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(documents.paths, documents.stats)]
+    digest = hashlib.sha256(repr((HELD_OUT, key)).encode()).hexdigest()[:12]
     path = Path(folder) / f"{documents.paths[0].name[:80]}-{documents.part}-{tokenizer.name}-{digest}.bin"
     if not path.exists():
         tokenize(documents, tokenizer, path)
@@ -343,7 +342,10 @@ def token_file(documents, tokenizer, folder):
 
 
 def text_tokens(data, val_data, tokenizer, folder):
-    """Token files for Text, from the user's: (a list of one for training; one for validation). Without `val_data`, documents are held out."""
+    """Token files for Text, from the user's: (a list of one for training; one for validation).
+
+    Without `val_data`, every 20th document is for validation.
+    """
     train, val = (Documents(data), Documents(val_data)) if val_data else (Documents(data, "train"), Documents(data, "val"))
     return [token_file(train, tokenizer, folder)], token_file(val, tokenizer, folder)
 
@@ -467,7 +469,7 @@ class Text:
         return rows[:, :-1], rows[:, 1:]
 
     def validation(self):
-        """Batches (idx, targets) in which each of the first val_tokens tokens is predicted once, whatever the batch size.
+        """Batches (idx, targets) in which each of the first val_tokens tokens is predicted once.
 
         The last batch may have fewer rows. Its last row is filled up: the targets there are -100, which no loss counts.
         """
@@ -475,7 +477,8 @@ class Text:
         missing = -(len(tokens) - 1) % self.block_size
         idx = torch.nn.functional.pad(tokens[:-1], (0, missing)).view(-1, self.block_size)
         targets = torch.nn.functional.pad(tokens[1:], (0, missing), value=-100).view(-1, self.block_size)
-        for batch in zip(idx.split(self.batch_size), targets.split(self.batch_size)):
+        rows = max(1, 16_384 // self.block_size)  # of its own, so that no rounding depends on the batch size of training
+        for batch in zip(idx.split(rows), targets.split(rows)):
             yield tuple(tensor.to(self.device) for tensor in batch)
 
 

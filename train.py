@@ -61,7 +61,7 @@ DEMO_SIZE = PRESETS["demo"]
 DEMO_BASE = dict(seed=0, max_steps=300, warmup_steps=20, batch_size=32, learning_rate=3e-3, text_size=4_000_000)
 TASKS = {
     "uuid": dict(methods=["full", "lora", "mora"], rank=[2], operator=["rotation"], init="demo", max_steps=500, schedule="linear"),
-    "c4": dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], operator=["sharing"], init="scratch", max_steps=1000,
+    "c4": dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], operator=["sharing"], init="scratch", max_steps=600,
                schedule="cosine"),
     "text": dict(methods=["mora"], rank=[8], operator=["rotation"], init="scratch", max_steps=1000, schedule="cosine"),
     "pairs": dict(methods=["mora"], rank=[8], operator=["rotation"], init="scratch", max_steps=1000, schedule="cosine"),
@@ -82,25 +82,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def whole(minimum):
-    """The type of an option: a whole number of at least `minimum`."""
-    def convert(text):
-        if not (text.isascii() and text.isdigit() and int(text) >= minimum):
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
-        return int(text)
-    return convert
-
-
-def real(minimum, maximum=math.inf):
-    """The type of an option: a finite number from `minimum` to `maximum`."""
+def number(kind, minimum, maximum=math.inf):
+    """The type of an option: an int or a float from `minimum` to `maximum`."""
     def convert(text):
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
-        if not (minimum <= value <= maximum and math.isfinite(value)):
-            bounds = f"of at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
-            raise argparse.ArgumentTypeError(f"must be a number {bounds}, not {text!r}")
+        if not minimum <= value <= maximum or value == math.inf:
+            bounds = f"at least {minimum:g}" + (f" and at most {maximum:g}" if maximum < math.inf else "")
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number, {bounds}, not {text!r}")
         return value
     return convert
 
@@ -114,49 +105,49 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method (an option that takes several values makes a run of each combination)").add_argument
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"among {', '.join(METHODS)} (default: full lora mora for uuid, "
         "full lora relora mora remora for c4, else mora)")
-    add("--rank", nargs="+", type=whole(1), metavar="R", help="LoRA's rank; MoRA's matrix gets as many parameters (default: uuid 2, c4 4, else 8)")
+    add("--rank", nargs="+", type=number(int, 1), metavar="R", help="LoRA's rank; MoRA's matrix gets as many parameters (default: uuid 2, c4 4, else 8)")
     add("--operator", nargs="+", choices=list(mora.OPERATORS), metavar="OP", help=f"MoRA's, among {', '.join(mora.OPERATORS)} (default: sharing "
         "for c4, else rotation)")
     add("--groups", nargs="+", choices=["strided", "contiguous", "random", "cycle"], metavar="HOW", help="how sharing deals its groups: strided, "
         "contiguous, random, or cycle, the paper's for ReMoRA (default: random for remora, else strided)")
     add("--fold", action="store_true", help="rotation and decoupling add what lies past the outputs instead of cutting it off")
-    add("--alpha", type=real(0), help="LoRA's alpha, whose update is scaled by alpha / rank (default: twice the rank)")
+    add("--alpha", type=number(float, 0), help="LoRA's alpha, whose update is scaled by alpha / rank (default: twice the rank)")
     add("--rslora", action="store_true", help="scale LoRA's update by alpha / sqrt(rank)")
-    add("--lora_plus_ratio", type=real(0), default=16.0, metavar="X", help="B's learning rate in lora+, as a multiple of A's")
-    add("--dropout", type=real(0, 1), default=0.0, metavar="P", help="dropout on the adapters' input")
+    add("--lora_plus_ratio", type=number(float, 0), default=16.0, metavar="X", help="B's learning rate in lora+, as a multiple of A's")
+    add("--dropout", type=number(float, 0, 1), default=0.0, metavar="P", help="dropout on the adapters' input")
     add("--targets", nargs="+", metavar="LAYER", help="the linear layers to adapt, such as c_attn c_fc (default: all)")
-    add("--merge_every", type=whole(1), metavar="N", help="steps between the merges of relora and remora (default: a fifth of max_steps)")
-    add("--restart_warmup", type=whole(0), metavar="N", help="steps over which the learning rate rises again after a merge (default: "
+    add("--merge_every", type=number(int, 1), metavar="N", help="steps between the merges of relora and remora (default: a fifth of max_steps)")
+    add("--restart_warmup", type=number(int, 0), metavar="N", help="steps over which the learning rate rises again after a merge (default: "
         "a hundredth of max_steps)")
-    add("--full_warmup", type=whole(0), default=0, metavar="N", help="steps in which all weights train before the adapters begin")
+    add("--full_warmup", type=number(int, 0), default=0, metavar="N", help="steps in which all weights train before the adapters begin")
 
     add = parser.add_argument_group("model and data").add_argument
     add("--init", help="initial weights: demo (a small base, pretrained once), scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a file "
         "(default: demo for uuid, else scratch)")
     add("--tokenizer", choices=["bytes", "gpt2"], help="default: the one that the initial weights were trained with; bytes for scratch")
     for name, meaning in dict(n_layer="layers", n_head="attention heads", n_embd="width").items():
-        add(f"--{name}", type=whole(1), metavar="N", help=f"{meaning} of a demo or scratch model (default: {DEMO_SIZE[name]})")
-    add("--block_size", type=whole(2), metavar="N", help=f"longest sequence in tokens (default: {DEMO_SIZE['block_size']}, or what the weights allow)")
-    add("--n_pairs", type=whole(1), default=32, metavar="N", help="pairs of UUIDs to memorize")
+        add(f"--{name}", type=number(int, 1), metavar="N", help=f"{meaning} of a demo or scratch model (default: {DEMO_SIZE[name]})")
+    add("--block_size", type=number(int, 2), metavar="N", help=f"longest sequence in tokens (default: {DEMO_SIZE['block_size']}, or what the weights allow)")
+    add("--n_pairs", type=number(int, 1), default=32, metavar="N", help="pairs of UUIDs to memorize")
     add("--data", nargs="+", metavar="FILE", help="text: .txt, or JSON lines with a field text; pairs: JSON lines with prompt and completion; "
         "any of them gzip'd")
     add("--val_data", nargs="+", metavar="FILE", help="held-out data (default: every 20th document or pair of --data)")
     add("--old_data", nargs="+", metavar="FILE", help="text on which the loss is reported as well, to see what was forgotten")
-    add("--val_tokens", type=whole(1), default=200_000, metavar="N", help="how many tokens of the held-out text each evaluation reads")
+    add("--val_tokens", type=number(int, 1), default=100_000, metavar="N", help="how many tokens of the held-out text each evaluation reads")
     add("--c4_url", default=data.C4_URL, metavar="URL", help="where C4 is: http(s) or file, with the original's layout")
-    add("--shards", type=whole(1), default=1, metavar="N", help="training shards of C4 to use, of about 350 MB each")
+    add("--shards", type=number(int, 1), default=1, metavar="N", help="training shards of C4 to use, of about 350 MB each")
 
     add = parser.add_argument_group("training").add_argument
-    add("--seed", nargs="+", type=whole(0), default=[0], metavar="N", help="seed of the pairs, the batches and the adapters")
-    add("--max_steps", type=whole(1), metavar="N", help="optimizer steps (default: 500 for uuid, else 1000)")
-    add("--batch_size", type=whole(1), metavar="N", help="sequences a step, in all processes together (default: uuid 64 or all pairs, else 32)")
-    add("--accumulate", type=whole(1), default=1, metavar="N", help="micro-batches that a batch is cut into, to save memory")
-    add("--learning_rate", nargs="+", type=real(0), metavar="X", help="peak learning rate (default: the method's own)")
+    add("--seed", nargs="+", type=number(int, 0), default=[0], metavar="N", help="seed of the pairs, the batches and the adapters")
+    add("--max_steps", type=number(int, 1), metavar="N", help="optimizer steps (default: 500 for uuid, 600 for c4, else 1000)")
+    add("--batch_size", type=number(int, 1), metavar="N", help="sequences a step, in all processes together (default: uuid 64 or all pairs, else 32)")
+    add("--accumulate", type=number(int, 1), default=1, metavar="N", help="micro-batches that a batch is cut into, to save memory")
+    add("--learning_rate", nargs="+", type=number(float, 0), metavar="X", help="peak learning rate (default: the method's own)")
     add("--schedule", choices=["linear", "cosine", "constant"], help="how the learning rate falls (default: linear for uuid, else cosine)")
-    add("--warmup_steps", type=whole(0), metavar="N", help="steps over which it rises before (default: a tenth of max_steps)")
-    add("--weight_decay", type=real(0), default=0.0, metavar="X", help="AdamW's weight decay")
-    add("--grad_clip", type=real(0), default=1.0, metavar="X", help="largest norm of the gradient; 0 is no limit")
-    add("--eval_every", type=whole(1), metavar="N", help="steps between evaluations (default: a quarter of max_steps)")
+    add("--warmup_steps", type=number(int, 0), metavar="N", help="steps over which it rises before (default: a tenth of max_steps)")
+    add("--weight_decay", type=number(float, 0), default=0.0, metavar="X", help="AdamW's weight decay")
+    add("--grad_clip", type=number(float, 0), default=1.0, metavar="X", help="largest norm of the gradient; 0 is no limit")
+    add("--eval_every", type=number(int, 1), metavar="N", help="steps between evaluations (default: a quarter of max_steps)")
 
     add = parser.add_argument_group("running").add_argument
     add("--out_dir", default="out", metavar="DIR", help="where every run gets its folder, and prepared data is kept")
@@ -248,7 +239,7 @@ def choose_device(args):
     if args.dtype != "auto":
         why_dtype = "as asked"
     elif kind != "cuda":
-        args.dtype, why_dtype = "float32", f"mixed precision is for CUDA"
+        args.dtype, why_dtype = "float32", "mixed precision is for CUDA"
     elif torch.cuda.is_bf16_supported(including_emulation=False):
         args.dtype, why_dtype = "bfloat16", "mixed precision; weights stay float32"
     else:
