@@ -263,7 +263,7 @@ def uuid_metrics(model, pairs):
     from the key alone, so exact match means what it says; the accuracy of decoded values is lower, as one wrong digit misleads the next.
     """
     right = []
-    for tokens in pairs.tokens.split(pairs.batch_size):
+    for tokens in pairs.tokens.split(128):
         answer = tokens[:, -data.UUID_LENGTH:]
         right.append(model(tokens[:, :-1], answer)[0].argmax(-1) == answer)
     right = torch.cat(right)[:, data.HEX_POSITIONS]  # (n_pairs, 32)
@@ -635,6 +635,10 @@ def run(config, base, tokenizer):
             say(f"\n{folder}: done before")
             return results
     say(f"\n{folder}")
+    if not config.resume and (folder / "checkpoint.pt").exists():
+        say("starts anew; --resume would have gone on from the checkpoint that is there")
+        if RANK == 0:
+            (folder / "results.json").unlink(missing_ok=True)
     dataset, evaluate = load_task(config, tokenizer, base.config.block_size)
     start, begin, first = base, time.perf_counter(), 0
     if config.full_warmup and config.method != "full":
@@ -671,7 +675,7 @@ def run(config, base, tokenizer):
 @torch.no_grad()
 def check_start(model, start, dataset, evaluate):
     """See that adapters change nothing before they are trained, and say how the model does."""
-    batch = dataset.batch(0)
+    batch = [tensor[:8] for tensor in dataset.batch(0)]
     logits, start_logits = (network.eval()(*batch)[0] for network in (model, start))
     difference = (logits - start_logits).abs().max().item()
     if not difference <= 1e-4 * start_logits.abs().max():
@@ -699,9 +703,9 @@ def update_spectra(model, base):
         values = torch.stack(layers)  # (layers, min(d, k)), descending
         noise = values[:, :1] * max(base.get_submodule(f"h.0.{kind}").weight.shape) * torch.finfo(values.dtype).eps
         share = values / values.sum(1, keepdim=True)
-        statistics = {"rank": (values > noise).sum(1), "above 0.1": (values > 0.1).sum(1),
-                      "effective rank": torch.special.entr(share).sum(1).exp(), "stable rank": (values / values[:, :1]).square().sum(1)}
-        spectra[kind] = {name: value.float().mean().item() for name, value in statistics.items()}
+        measures = {"rank": (values > noise).sum(1), "above 0.1": (values > 0.1).sum(1),
+                    "effective rank": torch.special.entr(share).sum(1).exp(), "stable rank": (values / values[:, :1]).square().sum(1)}
+        spectra[kind] = {name: value.float().mean().item() for name, value in measures.items()}
         spectra[kind]["values"] = [float(f"{value:.4g}") for value in values.mean(0).tolist()]
     return spectra
 
@@ -789,7 +793,8 @@ def main(argv=None):
     results, status = [], 0
     try:
         say(choose_device(args))
-        write(Path(args.out_dir, ".writable"), Path.touch)
+        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out_dir).close()  # a folder that cannot be written is found before the work
         base, tokenizer = load_base(args)
         base.to(args.device)
         if args.task == "uuid":

@@ -2,9 +2,11 @@
 
 import argparse
 import csv
+import gzip
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -292,6 +294,90 @@ def test_a_constant_schedule_may_be_prolonged(base, tmp_path):
     assert cli(*command, "--max_steps", 8, "--out_dir", tmp_path / "a", "--resume") == 0
     assert cli(*command, "--max_steps", 8, "--out_dir", tmp_path / "b") == 0
     assert_same_run(*(next((tmp_path / name).glob("uuid-*")) for name in "ab"))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Text, pairs and C4
+
+SMALL = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 8 --max_steps 12 --eval_every 4 --merge_every 5".split()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Files of every kind, in a language of a few words."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("the cat sat on a mat and saw the dog".split(), k=60)) for _ in range(40)]
+    lines = [json.dumps({"text": text, "url": "", "timestamp": ""}) for text in texts]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    (tmp_path / "old.txt").write_text("to be or not to be " * 50)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"prompt": f"{a}+{b}=", "completion": str(a + b)}) for a in range(8) for b in range(8)))
+    (tmp_path / "c4/en").mkdir(parents=True)
+    for name in ("c4-train.00000-of-01024", "c4-validation.00000-of-00008"):
+        (tmp_path / f"c4/en/{name}.json.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    return tmp_path
+
+
+def test_c4_with_every_method(corpus, capsys):
+    assert cli("c4", *SMALL, "--c4_url", f"file:{corpus / 'c4'}", "--out_dir", corpus / "out", "--spectrum", "--groups", "cycle", "random") == 0
+    out = capsys.readouterr().out
+    for label in ("full", "lora r4", "relora r4", "mora sharing cycle r4", "remora sharing cycle r4", "remora sharing random r4"):
+        assert f"| {label} " in out
+    assert "effective rank" in out
+    folder = next((corpus / "out").glob("c4-remora-sharing-random-*"))
+    assert list(rows(folder)[0]) == ["step", "loss", "learning_rate", "val_loss", "perplexity"]
+    last = json.loads((folder / "results.json").read_text())
+    assert last["metrics"]["perplexity"] == pytest.approx(math.exp(last["metrics"]["val_loss"]))
+    model = train.adapt(train.load_base(train.parse_args(["c4", *SMALL]))[0], next(train.runs(train.parse_args(["c4", *SMALL, "--methods", "mora"]))))
+    own = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".M"))
+    assert last["adapter_parameters"] == own and last["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_validation_does_not_depend_on_batch_or_interval(corpus):
+    common = ["text", *SMALL, "--data", corpus / "text.jsonl", "--init", "scratch", "--methods", "full"]
+    losses = []
+    for name, options in dict(a=[], b=["--batch_size", 4], c=["--eval_every", 1]).items():
+        assert cli(*common, "--learning_rate", 0, *options, "--out_dir", corpus / name) == 0  # nothing is learned at a rate of 0
+        losses.append(rows(next((corpus / name).glob("text-*")))[-1]["val_loss"])
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_continual_pretraining_reports_what_was_forgotten(corpus):
+    assert cli("text", *SMALL, "--data", corpus / "text.jsonl", "--methods", "full", "--export", "--out_dir", corpus / "first") == 0
+    start = next((corpus / "first").glob("*/model.pt"))
+    common = ["--max_steps", 8, "--batch_size", 8, "--data", corpus / "old.txt", "--old_data", corpus / "text.jsonl", "--out_dir", corpus / "second"]
+    assert cli("text", "--init", start, "--methods", "full", "mora", "--learning_rate", 1e-2, *common) == 0
+    for folder in (corpus / "second").glob("text-*"):
+        table = rows(folder)
+        assert float(table[-1]["val_loss"]) < float(table[0]["val_loss"]) and float(table[-1]["old_loss"]) > 0
+    mora_folder = next((corpus / "second").glob("text-mora-*"))
+    trained = {name for name in torch.load(mora_folder / "adapter.pt", weights_only=True)}
+    assert all(name.split(".")[-1] in ("M", "_extra_state") for name in trained), "weights that were given stay frozen"
+
+
+def test_pairs_learn_completions(corpus, capsys):
+    assert cli("pairs", *SMALL, "--data", corpus / "pairs.jsonl", "--methods", "full", "--max_steps", 60, "--eval_every", 30, "--out_dir", corpus / "out") == 0
+    table = rows(next((corpus / "out").glob("pairs-*")))
+    assert list(table[0]) == ["step", "loss", "learning_rate", "val_loss", "perplexity", "exact_match"]
+    assert float(table[-1]["val_loss"]) < float(table[0]["val_loss"])
+
+
+def test_an_exported_model_computes_what_was_trained(corpus):
+    assert cli("text", *SMALL, "--data", corpus / "text.jsonl", "--methods", "remora", "--operator", "sharing", "--export", "--out_dir", corpus / "out") == 0
+    folder = next((corpus / "out").glob("text-*"))
+    exported, args = GPT.from_pretrained(str(folder / "model.pt")), train.parse_args(["text", *SMALL, "--data", __file__, "--methods", "remora", "--operator", "sharing"])
+    model = train.adapt(GPT(exported.config), next(train.runs(args)))
+    model.load_state_dict(weights(folder))
+    idx = torch.randint(256, (2, 32))
+    assert torch.allclose(exported(idx)[0], model(idx)[0], atol=1e-5)
+
+
+def test_a_full_rank_warmup_trains_all_weights_first(corpus):
+    common = ["text", *SMALL, "--data", corpus / "text.jsonl", "--full_warmup", 6, "--warmup_steps", 2, "--schedule", "constant", "--out_dir", corpus / "out"]
+    assert cli(*common, "--methods", "relora", "--export") == 0
+    folder = next((corpus / "out").glob("text-relora-*"))
+    spectrum = json.loads((folder / "results.json").read_text())["spectra"]["mlp.c_fc"]
+    assert spectrum["rank"] == 32, "what a full-rank warm-up adds has full rank"
+    assert [row["step"] for row in rows(folder / "full_warmup")] == ["4", "6"] and [row["step"] for row in rows(folder)] == ["8", "12"]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
