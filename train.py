@@ -45,16 +45,16 @@ METHODS = ("full", *mora.METHODS)
 # Peak learning rates for --init demo, scratch, and given weights. The first two are the best of the sweeps in the README; nothing was
 # swept for given weights, whose rates are the middle of what the paper searched for LLaMA-2 7B.
 LEARNING_RATES = {
-    "full": (1e-3, 3e-3, 3e-5),
+    "full": (2e-3, 3e-3, 3e-5),
     "lora": (2e-2, 3e-3, 2e-4),
-    "lora+": (2e-3, 3e-3, 2e-4),
+    "lora+": (5e-3, 3e-3, 2e-4),
     "asylora": (2e-2, 3e-3, 2e-4),
     "dora": (2e-2, 3e-3, 2e-4),
     "relora": (2e-2, 3e-3, 2e-4),
-    "mora truncation": (2e-2, 3e-3, 2e-4),
+    "mora truncation": (5e-2, 3e-3, 2e-4),
     "mora sharing": (1e-2, 3e-3, 1e-4),
-    "mora decoupling": (2e-2, 3e-3, 2e-4),
-    "mora rotation": (2e-2, 3e-3, 3e-4),
+    "mora decoupling": (5e-2, 3e-3, 2e-4),
+    "mora rotation": (5e-2, 3e-3, 3e-4),
 }
 
 DEMO_SIZE = PRESETS["demo"]
@@ -416,15 +416,16 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
     scaler = torch.amp.GradScaler(kind, enabled=config.dtype == "float16")
     optimizer = make_optimizer(model, config)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.compiler.reset()  # what was compiled for an earlier run serves no other, and its place is limited
     parallel = torch.compile(model) if config.compile else model
     rows, losses = [], []
     if config.resume and (folder / "checkpoint.pt").exists():
         first, rows, losses = load_checkpoint(folder / "checkpoint.pt", config, model, optimizer, scaler)
         say(f"resumed after step {first}")
     if WORLD > 1:
-        parallel = torch.nn.parallel.DistributedDataParallel(parallel, broadcast_buffers=False)
+        parallel = torch.nn.parallel.DistributedDataParallel(parallel)
 
-    tokens, lap, begin = 0, time.perf_counter(), time.perf_counter()
+    tokens = lap = begin = 0
     with interrupts() as interrupted:
         for step in range(first, last):
             # Whatever is random in a step follows from (seed, step), so that a resumed run draws what an uninterrupted one draws
@@ -456,6 +457,10 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
+            if step == first:  # the clock starts after the step that compiles
+                loss.item()
+                tokens, lap, begin = 0, time.perf_counter(), time.perf_counter()
+
             # Merge: the adapters start anew, and so does the optimizer's memory of them
             if merges_after(step, config):
                 mora.merge_and_reset(model, data.seeded("merge", config.seed, step + 1))
@@ -472,7 +477,7 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
                 rows.append({"step": step + 1, "loss": loss, "learning_rate": rate, "tokens_per_second": speed} | metrics)
                 losses = []
                 save_checkpoint(folder, step + 1, rows, losses, config, model, optimizer, scaler)
-                left = (time.perf_counter() - begin) / (step + 1 - first) * (last - step - 1)
+                left = (time.perf_counter() - begin) / max(1, step - first) * (last - step - 1)
                 say(f"step {step + 1:>{len(str(config.max_steps))}}/{config.max_steps}  loss {loss:.4f}  {show(metrics)}  "
                     f"{speed:,.0f} tokens/s  {left:.0f} s left")
                 tokens, lap = 0, time.perf_counter()
