@@ -4,7 +4,7 @@ A frozen weight W0 (d outputs, k inputs) gets a trainable update. LoRA's has ran
 parameters on one square matrix M, between two operators that have none:
 
     LoRA   h = W0 x + (alpha / r) B A x               A: r x k,  B: d x r
-    MoRA   h = W0 x + decompress(M compress(x))       M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))
+    MoRA   h = W0 x + decompress(M compress(x))       M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r)), even for rotation, at most min(k, d)
 
 compress squeezes k inputs into r̂ numbers, decompress spreads r̂ numbers over d outputs. Both are linear, so the update is a matrix ΔW
 that merges into W0 exactly. In the code k is `in_features`, d `out_features`, r `rank` and r̂ `size`.
@@ -43,7 +43,12 @@ def check_rank(rank):
 
 
 class Operator(nn.Module):
-    """A pair of linear maps without parameters: `compress` from k inputs to r̂ numbers, `decompress` from r̂ numbers to d outputs."""
+    """A pair of linear maps without parameters: `compress` from k inputs to r̂ numbers, `decompress` from r̂ numbers to d outputs.
+
+    An operator of your own needs these two and a name in OPERATORS.
+    """
+
+    options = ()  # further arguments of __init__
 
     def __init__(self, in_features: int, out_features: int, size: int):
         super().__init__()
@@ -71,24 +76,25 @@ class Sharing(Operator):
     `CYCLE`, the one that the paper's code follows in ReMoRA. Groups differ in length by at most one.
     """
 
+    options = ("groups",)
     KINDS = ("strided", "contiguous", "random")
     CYCLE = (("strided", "strided"), ("contiguous", "contiguous"), ("contiguous", "strided"), ("strided", "contiguous"))
 
     def __init__(self, in_features, out_features, size, groups="strided"):
         super().__init__(in_features, out_features, size)
-        self.kinds = self.CYCLE if groups == "cycle" else ((groups, groups) if isinstance(groups, str) else tuple(groups),)
-        if not all(len(pair) == 2 and set(pair) <= set(self.KINDS) for pair in self.kinds):
+        self.pairs = self.CYCLE if groups == "cycle" else ((groups, groups) if isinstance(groups, str) else tuple(groups),)
+        if not all(len(pair) == 2 and set(pair) <= set(self.KINDS) for pair in self.pairs):
             raise ValueError(f"groups must be one of {', '.join(self.KINDS)}, cycle, or a pair of the first three, not {groups!r}")
         self.register_buffer("in_group", torch.empty(in_features, dtype=torch.long))
         self.register_buffer("out_group", torch.empty(out_features, dtype=torch.long))
-        self.register_buffer("turn", torch.tensor(-1))  # how often the groups have been drawn anew: the place in the cycle
+        self.register_buffer("turn", torch.tensor(-1))  # which of the pairs is in use, counting on; the first regroup makes it 0
         self.regroup()
 
     @torch.no_grad()
     def regroup(self, generator=None):
         # In place, so that a compiled model sees the new groups without being compiled again.
         self.turn += 1
-        in_kind, out_kind = self.kinds[int(self.turn) % len(self.kinds)]
+        in_kind, out_kind = self.pairs[int(self.turn) % len(self.pairs)]
         self.in_group.copy_(self.deal(self.in_features, in_kind, generator))
         self.out_group.copy_(self.deal(self.out_features, out_kind, generator))
 
@@ -115,6 +121,8 @@ class Decoupling(Operator):
     ΔW is block diagonal, with M as every block. Results longer than d are cut, as in the paper, and shorter ones repeated. Where
     k > d the cut loses whole rows, and with them every input in them; `fold=True` adds what lies past d back onto the first outputs.
     """
+
+    options = ("fold",)
 
     def __init__(self, in_features, out_features, size, fold=False):
         super().__init__(in_features, out_features, size)
@@ -244,7 +252,7 @@ class LoRALinear(Adapter):
         self.scaling = self.alpha / (math.sqrt(rank) if rslora else rank)
         self.A = self.new_parameter(rank, self.in_features).requires_grad_(train_A)
         self.B = self.new_parameter(self.out_features, rank)
-        LoRALinear.reset(self)
+        LoRALinear.reset(self)  # not DoRA's, whose magnitude is not there yet
 
     def update(self, x):
         x = F.linear(x, self.A.to(x.dtype))  # (..., k) -> (..., r)
@@ -269,7 +277,7 @@ class DoRALinear(LoRALinear):
     def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False):
         super().__init__(linear, rank, alpha, dropout, rslora)
         self.magnitude = self.new_parameter(self.out_features)
-        self.reset()
+        self.magnitude.data.copy_(self.direction().detach().norm(dim=1))
 
     def direction(self):
         return self.linear.weight.to(self.dtype) + super().delta_weight()  # V: (d, k)
@@ -300,13 +308,14 @@ class MoRALinear(Adapter):
     """
 
     def __init__(self, linear, rank, operator="rotation", dropout=0.0, **options):
-        super().__init__(linear, rank, dropout)
         if operator not in OPERATORS:
             raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, not {operator!r}")
-        size = square_size(self.in_features, self.out_features, rank)
+        size = square_size(linear.in_features, linear.out_features, rank)
         if operator == "rotation" and size > 1:
             size -= size % 2  # coordinates turn in pairs
-        self.operator = OPERATORS[operator](self.in_features, self.out_features, size, **options).to(self.linear.weight.device)
+        compressor = OPERATORS[operator](linear.in_features, linear.out_features, size, **options)
+        super().__init__(linear, rank, dropout)  # freezes the layer, so it comes after what may be wrong
+        self.operator = compressor.to(linear.weight.device)
         self.M = self.new_parameter(size, size)
 
     def update(self, x):
@@ -368,10 +377,8 @@ def find_targets(model, targets):
         raise ValueError(f"{type(model).__name__} contains no nn.Linear layer to adapt")
     uses = collections.Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = {name for name, layer in layers.items() if uses[id(layer.weight)] > 1}
-    if targets is None:
-        return {name: layer for name, layer in layers.items() if name not in tied}
-    chosen = {}
-    for target in [targets] if isinstance(targets, str) else targets:
+    chosen = {} if targets is not None else {name: layer for name, layer in layers.items() if name not in tied}
+    for target in [targets] if isinstance(targets, str) else targets or []:
         found = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
         if not found:
             names = sorted({name.split(".")[-1] for name in layers})
@@ -379,6 +386,8 @@ def find_targets(model, targets):
         if tied & found.keys():
             raise ValueError(f"{target!r} shares its weight with another module: merging would change both")
         chosen |= found
+    if not chosen:
+        raise ValueError(f"there is no layer to adapt among {', '.join(layers)}: name some in targets; a tied output head cannot be adapted")
     return chosen
 
 

@@ -41,6 +41,7 @@ from model import GPT, PRESETS, GPTConfig
 # Settings: what an option is when it is not given
 
 METHODS = ("full", *mora.METHODS)
+PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 
 # Peak learning rates for --init demo, scratch, and given weights. The first two are the best of the sweeps in the README; nothing was
 # swept for given weights, whose rates are the middle of what the paper searched for LLaMA-2 7B.
@@ -57,8 +58,16 @@ LEARNING_RATES = {
     "mora rotation": (5e-2, 3e-3, 3e-4),
 }
 
+
+def own_rate(method, operator, init):
+    """The peak learning rate of a method. An operator that is not in the table starts from rotation's."""
+    name = f"mora {operator}" if operator else method
+    return LEARNING_RATES.get(name, LEARNING_RATES["mora rotation"])[{"demo": 0, "scratch": 1}.get(init, 2)]
+
+
 DEMO_SIZE = PRESETS["demo"]
-DEMO_BASE = dict(seed=0, max_steps=300, warmup_steps=20, batch_size=32, learning_rate=3e-3, text_size=4_000_000)
+DEMO_BASE = dict(text_size=4_000_000, seed=0, max_steps=300, batch_size=32, learning_rate=3e-3, schedule="linear", warmup_steps=20, weight_decay=0.0,
+                 grad_clip=1.0)
 TASKS = {
     "uuid": dict(methods=["full", "lora", "mora"], rank=[2], operator=["rotation"], init="demo", max_steps=500, schedule="linear"),
     "c4": dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], operator=["sharing"], init="scratch", max_steps=600,
@@ -184,8 +193,8 @@ def check(args):
         raise ValueError("--init demo reads bytes: --tokenizer gpt2 goes with --init gpt2 or scratch")
     if args.task == "uuid" and args.batch_size > args.n_pairs:
         raise ValueError(f"--batch_size {args.batch_size} exceeds the {args.n_pairs} pairs of --n_pairs")
-    if args.batch_size % (args.accumulate * WORLD):
-        raise ValueError(f"--batch_size {args.batch_size} cannot be cut into {args.accumulate} micro-batches for each of {WORLD} processes")
+    if args.batch_size % (args.accumulate * PROCESSES):
+        raise ValueError(f"--batch_size {args.batch_size} cannot be cut into {args.accumulate} micro-batches for each of {PROCESSES} processes")
     if max(args.warmup_steps, args.full_warmup) >= args.max_steps:
         raise ValueError(f"--warmup_steps and --full_warmup must leave something of --max_steps {args.max_steps}")
     if args.restart_warmup >= args.merge_every and {"relora", "remora"} & set(args.methods):
@@ -195,30 +204,28 @@ def check(args):
     for file in itertools.chain(*(files or [] for files in (args.data, args.val_data, args.old_data))):
         if not os.path.isfile(file):
             raise ValueError(f"{file} is not a file")
-    for operator in args.operator if args.fold else []:
-        if operator not in ("decoupling", "rotation"):
-            raise ValueError(f"--fold is for the operators decoupling and rotation, not {operator}")
+    for name in ("fold", "groups"):
+        for operator in args.operator if getattr(args, name) else []:
+            if name not in mora.OPERATORS[operator].options:
+                raise ValueError(f"--{name} means nothing to the operator {operator}")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Device and processes
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-
-
 def say(text):
     """Print, once for all processes."""
-    if RANK == 0:
+    if PROCESS == 0:
         print(text, flush=True)
 
 
 @contextlib.contextmanager
 def first_process_first():
     """What the first process prepares in this block, the others find when they enter it."""
-    if RANK and WORLD > 1:
+    if PROCESS and PROCESSES > 1:
         dist.barrier()
     yield
-    if not RANK and WORLD > 1:
+    if not PROCESS and PROCESSES > 1:
         dist.barrier()
 
 
@@ -234,6 +241,8 @@ def choose_device(args):
     except (RuntimeError, AssertionError) as error:  # torch gives the reason in its first line
         raise ValueError(f"--device {chosen} cannot be used: {str(error).splitlines()[0]}") from error
     kind = torch.device(chosen).type
+    if kind == "cuda":
+        torch.cuda.set_device(chosen)
     name = torch.cuda.get_device_name(chosen) if kind == "cuda" else kind
     why = name if kind == "cuda" else "no CUDA device was found" if args.device == "auto" else "as asked"
     if args.dtype != "auto":
@@ -246,10 +255,10 @@ def choose_device(args):
         args.dtype, why_dtype = "float16", "mixed precision; the card has no bfloat16, so gradients are scaled"
     args.device, args.device_name = chosen, name
     args.compile = kind == "cuda" if args.compile is None else args.compile
-    if WORLD > 1:
+    if PROCESSES > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))  # for the first to prepare data
     return (f"device: {chosen} ({why}), {args.dtype} ({why_dtype}), {'compiled' if args.compile else 'not compiled'}, torch {torch.__version__}"
-            + (f", {WORLD} processes" if WORLD > 1 else ""))
+            + (f", {PROCESSES} processes" if PROCESSES > 1 else ""))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -266,30 +275,30 @@ def uuid_metrics(model, pairs):
     for tokens in pairs.tokens.split(128):
         answer = tokens[:, -data.UUID_LENGTH:]
         right.append(model(tokens[:, :-1], answer)[0].argmax(-1) == answer)
-    right = torch.cat(right)[:, data.HEX_POSITIONS]  # (n_pairs, 32)
-    return {"char_accuracy": right.float().mean().item(), "exact_match": right.all(dim=1).float().mean().item()}
+    right = torch.cat(right)  # (n_pairs, 36)
+    return {"char_accuracy": right[:, data.HEX_POSITIONS].float().mean().item(), "exact_match": right.all(dim=1).float().mean().item()}
 
 
-def text_loss(model, text):
-    """The mean loss on the held-out tokens, in nats per token."""
-    losses = [(model(idx, targets)[1].item(), (targets != -100).sum().item()) for idx, targets in text.validation()]
-    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+def held_out(model, dataset):
+    """On the held-out rows: the mean loss in nats per target, and the fraction of rows in which every target is the likeliest token."""
+    loss, n_targets, right, n_rows = 0.0, 0, 0, 0
+    for idx, targets in dataset.validation():
+        (logits, mean), counts = model(idx, targets), targets != -100
+        loss, n_targets = loss + mean.item() * counts.sum().item(), n_targets + counts.sum().item()
+        right, n_rows = right + ((logits.argmax(-1) == targets) | ~counts).all(dim=1).sum().item(), n_rows + len(targets)
+    return loss / n_targets, right / n_rows
 
 
 def text_metrics(model, text, old_text=None):
-    """Loss and perplexity on the held-out tokens; and the loss on a text learned earlier, if there is one."""
-    loss = text_loss(model, text)
-    return {"val_loss": loss, "perplexity": math.exp(loss)} | ({"old_loss": text_loss(model, old_text)} if old_text else {})
+    """Loss and perplexity on the held-out text; and the loss on a text learned earlier, if there is one."""
+    loss, _ = held_out(model, text)
+    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700))} | ({"old_loss": held_out(model, old_text)[0]} if old_text else {})
 
 
 def pairs_metrics(model, pairs):
-    """Loss on the held-out completions, and the fraction of them whose every token is the likeliest after those before it."""
-    loss, n_targets, right, n_rows = 0.0, 0, 0, 0
-    for idx, targets in pairs.validation():
-        logits, mean = model(idx, targets)
-        loss, n_targets = loss + mean.item() * (targets != -100).sum().item(), n_targets + (targets != -100).sum().item()
-        right, n_rows = right + ((logits.argmax(-1) == targets) | (targets == -100)).all(dim=1).sum().item(), n_rows + len(targets)
-    return {"val_loss": loss / n_targets, "perplexity": math.exp(loss / n_targets), "exact_match": right / n_rows}
+    """Loss and perplexity on the held-out completions, and the fraction of completions that greedy decoding would get right."""
+    loss, right = held_out(model, pairs)
+    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "exact_match": right}
 
 
 def load_task(config, tokenizer, context):
@@ -353,16 +362,17 @@ def size_of(args):
 def demo_base(args):
     """The demo's base and its tokenizer; if out_dir does not hold the base, it is pretrained first."""
     size, tokenizer = size_of(args), data.get_tokenizer("bytes")
-    identity = json.dumps([size, DEMO_BASE, sys.version_info[:2]])  # the library's text changes with Python's version
+    identity = json.dumps([size, DEMO_BASE, args.dtype, sys.version_info[:2]])  # the library's text changes with Python's version
     folder = Path(args.out_dir, f"base-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
     if not (folder / "model.pt").exists():
         say("pretraining the demo's base, once: half Python's standard library, half random pairs")
-        single = dict(method="full", rank=None, accumulate=1, full_warmup=0, schedule="linear", eval_every=DEMO_BASE["max_steps"] // 4)
-        config = argparse.Namespace(**vars(args) | DEMO_BASE | single)
+        fixed = dict(method="full", accumulate=1, full_warmup=0, eval_every=DEMO_BASE["max_steps"] // 4)
+        machine = {name: getattr(args, name) for name in ("device", "dtype", "compile", "resume")}
+        config = argparse.Namespace(**DEMO_BASE, **fixed, **machine)
         torch.manual_seed(config.seed)
         model = GPT(GPTConfig(**size)).to(config.device)
         text = data.DemoText(config.text_size, tokenizer, config.batch_size, config.seed, config.device)
-        train(model, text, lambda model: {"val_loss": model(*text.batch(-1))[1].item()}, config, folder)
+        train(model, text, lambda model: {"loss_on_new_rows": model(*text.batch(-1))[1].item()}, config, folder)
         write(folder / "model.pt", model.export)
     say(f"base: {folder / 'model.pt'}")
     with first_process_first():
@@ -376,11 +386,11 @@ def demo_base(args):
 def make_optimizer(model, config):
     """AdamW on what trains. The learning rate of a group is the schedule's times its `multiple`: 1, but for B in LoRA+."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    fast = {name for name in trainable if config.method == "lora+" and name.endswith(".B")}
-    groups = [{"params": [trainable[name] for name in trainable if name not in fast], "multiple": 1.0},
-              {"params": [trainable[name] for name in trainable if name in fast], "multiple": config.lora_plus_ratio}]
-    fused = torch.device(config.device).type == "cuda"
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=config.weight_decay, fused=fused)
+    fast = [name for name in trainable if config.method == "lora+" and name.endswith(".B")]
+    groups = [{"params": [trainable[name] for name in trainable if name not in fast], "multiple": 1.0}]
+    if fast:
+        groups.append({"params": [trainable[name] for name in fast], "multiple": config.lora_plus_ratio})
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=torch.device(config.device).type == "cuda")
 
 
 def merges_after(step, config):
@@ -422,30 +432,30 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
     if config.resume and (folder / "checkpoint.pt").exists():
         first, rows, losses = load_checkpoint(folder / "checkpoint.pt", config, model, optimizer, scaler)
         say(f"resumed after step {first}")
-    if WORLD > 1:
+    if PROCESSES > 1:
         parallel = torch.nn.parallel.DistributedDataParallel(parallel)
 
     tokens = lap = begin = 0
     with interrupts() as interrupted:
         for step in range(first, last):
             # Whatever is random in a step follows from (seed, step), so that a resumed run draws what an uninterrupted one draws
-            torch.manual_seed(data.seeded("step", config.seed, step, RANK).initial_seed())
+            torch.manual_seed(data.seeded("step", config.seed, step, PROCESS).initial_seed())
             idx, targets = dataset.batch(step)
             rate, n_targets = learning_rate(step, config), (targets != -100).sum()
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["multiple"]
 
             # Forward and backward. A micro-batch counts by its share of the targets, so the gradient is that of the whole batch,
-            # however it is cut; DDP averages over processes, hence the factor WORLD
+            # however it is cut; DDP averages over processes, hence the factor PROCESSES
             model.train()
-            loss, parts = 0.0, list(zip(idx[RANK::WORLD].chunk(config.accumulate), targets[RANK::WORLD].chunk(config.accumulate)))
+            loss, parts = 0.0, list(zip(idx[PROCESS::PROCESSES].chunk(config.accumulate), targets[PROCESS::PROCESSES].chunk(config.accumulate)))
             for i, (part, part_targets) in enumerate(parts):
-                with contextlib.nullcontext() if WORLD == 1 or i == len(parts) - 1 else parallel.no_sync():
+                with contextlib.nullcontext() if PROCESSES == 1 or i == len(parts) - 1 else parallel.no_sync():
                     with autocast:
                         part_loss = parallel(part, part_targets)[1] * (part_targets != -100).sum() / n_targets
-                    scaler.scale(part_loss * WORLD).backward()
+                    scaler.scale(part_loss * PROCESSES).backward()
                 loss += part_loss.detach()
-            if WORLD > 1:
+            if PROCESSES > 1:
                 dist.all_reduce(loss)
             losses.append(loss)
             tokens += idx.numel()
@@ -469,8 +479,7 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
                         optimizer.state.pop(parameter, None)
 
             # Evaluate, save, report
-            ends = step + 1 == last
-            if (step + 1) % config.eval_every == 0 or ends:
+            if (step + 1) % config.eval_every == 0 or step + 1 == last:
                 loss, speed = mean_loss(losses, step, folder), tokens / (time.perf_counter() - lap)
                 with torch.no_grad(), autocast:
                     metrics = evaluate(model.eval())
@@ -481,7 +490,7 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
                 say(f"step {step + 1:>{len(str(config.max_steps))}}/{config.max_steps}  loss {loss:.4f}  {show(metrics)}  "
                     f"{speed:,.0f} tokens/s  {left:.0f} s left")
                 tokens, lap = 0, time.perf_counter()
-            if interrupted and not ends:
+            if interrupted:
                 save_checkpoint(folder, step + 1, rows, losses, config, model, optimizer, scaler)
                 raise KeyboardInterrupt(f"stopped after step {step + 1}, which is saved: the same command with --resume goes on from there")
     return rows
@@ -490,7 +499,9 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
 def mean_loss(losses, step, folder):
     """The mean of the last steps' losses, the last one being that of `step`. Diverged if one is not finite."""
     losses = torch.stack(losses)
-    for i in (~losses.isfinite()).nonzero()[:1].flatten().tolist():
+    bad = (~losses.isfinite()).nonzero().flatten()
+    if len(bad):
+        i = int(bad[0])
         saved = f"{folder / 'checkpoint.pt'} holds the last good state" if (folder / "checkpoint.pt").exists() else "nothing was saved before"
         raise Diverged(f"{folder}: the loss is {losses[i]:g} at step {step - len(losses) + i + 2}: try a lower --learning_rate; {saved}")
     return losses.mean().item()
@@ -530,7 +541,7 @@ def interrupts():
 
 def write(path, save):
     """Let `save` write a file under a temporary name, so that `path` never stands for half a file. One process writes for all."""
-    if RANK:
+    if PROCESS:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -592,18 +603,18 @@ def check_same(path, saved, config):
 
 def runs(args):
     """A configuration for every combination of the options that take several values, as far as they concern the method."""
-    column = {"demo": 0, "scratch": 1}.get(args.init, 2)
     for method in args.methods:
         is_mora = mora.METHODS.get(method) is mora.MoRALinear
         for rank, operator in itertools.product(args.rank if method != "full" else [None], args.operator if is_mora else [None]):
             own_groups = ["random" if method == "remora" else "strided"]
             for groups in (args.groups or own_groups) if operator == "sharing" else [None]:
-                own_rate = LEARNING_RATES[f"mora {operator}" if operator else method][column]
-                for rate, seed in itertools.product(args.learning_rate or [own_rate], args.seed):
+                for rate, seed in itertools.product(args.learning_rate or [own_rate(method, operator, args.init)], args.seed):
                     single = dict(method=method, rank=rank, operator=operator, groups=groups, learning_rate=rate, seed=seed)
                     config = argparse.Namespace(**vars(args) | single)
                     config.fold = args.fold and operator is not None
-                    config.merge_every = args.merge_every if method in ("relora", "remora") else None
+                    if method not in ("relora", "remora"):
+                        config.merge_every = None
+                        config.restart_warmup = args.restart_warmup if args.full_warmup else None
                     del config.methods
                     yield config
 
@@ -619,8 +630,8 @@ def adapt(model, config):
     """Give the model the adapters that the settings ask for."""
     if config.method == "full":
         return model
-    names = {"truncation": [], "sharing": ["groups"], "decoupling": ["fold"], "rotation": ["fold"], None: ["alpha", "rslora"]}
-    options = {name: getattr(config, name) for name in names[config.operator]}
+    names = mora.OPERATORS[config.operator].options if config.operator else ("alpha", "rslora")
+    options = {name: getattr(config, name) for name in names}
     mora.add_adapters(model, config.method, config.rank, config.operator, config.targets, dropout=config.dropout, **options)
     if config.init == "scratch":  # only linear layers can stay at random values: norms, embeddings and head learn
         for module in model.modules():
@@ -636,32 +647,34 @@ def run(config, base, tokenizer):
     if config.resume and (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text())
         check_same(folder / "results.json", results["config"], config)
-        if results["steps"] == config.max_steps:
+        if results["steps"] == config.max_steps and (not config.export or (folder / "model.pt").exists()):
             say(f"\n{folder}: done before")
             return results
     say(f"\n{folder}")
-    if not config.resume and (folder / "checkpoint.pt").exists():
-        say("starts anew; --resume would have gone on from the checkpoint that is there")
-        if RANK == 0:
-            (folder / "results.json").unlink(missing_ok=True)
+    if not config.resume and folder.exists() and PROCESS == 0:
+        kept = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
+        folder.rename(kept)
+        say(f"starts anew: the earlier run is kept in {kept}; --resume would have continued it")
     dataset, evaluate = load_task(config, tokenizer, base.config.block_size)
     start, begin, first = base, time.perf_counter(), 0
     if config.full_warmup and config.method != "full":
         start, first = copy.deepcopy(base), config.full_warmup
-        train(start, dataset, evaluate, argparse.Namespace(**vars(config) | dict(method="full")), folder / "full_warmup", last=first)
+        warmup = argparse.Namespace(**vars(config) | dict(method="full", learning_rate=own_rate("full", None, config.init)))
+        train(start, dataset, evaluate, warmup, folder / "full_warmup", last=first)
     torch.manual_seed(config.seed)  # for the adapters' random numbers
     model = adapt(copy.deepcopy(start), config)
-    trainable, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (False, True))
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapters = [module for module in model.modules() if isinstance(module, mora.Adapter)]
     own = sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
-    sizes = sorted({adapter.operator.size for adapter in adapters if config.operator})
-    size = "-".join(str(side) for side in sorted({*sizes[:1], *sizes[-1:]})) or None
+    sizes = [adapter.operator.size for adapter in adapters] if config.operator else []
+    size = "-".join(str(side) for side in sorted({min(sizes), max(sizes)})) if sizes else None
     say(f"{trainable:,} of {total:,} parameters train" + (f", {own:,} of them in adapters" if adapters else "") + (f", r̂ = {size}" if size else ""))
     check_start(model, start, dataset, evaluate)
 
     rows = train(model, dataset, evaluate, config, folder, first)
     spectra = update_spectra(model, base)
-    results = {"method": config.method, "rank": config.rank, "operator": config.operator, "seed": config.seed, "size": size,
+    results = {"label": label(config), "method": config.method, "rank": config.rank, "operator": config.operator, "seed": config.seed, "size": size,
                "trainable_parameters": trainable, "adapter_parameters": own, "total_parameters": total,
                "steps": config.max_steps, "seconds": time.perf_counter() - begin, "metrics": rows[-1], "rows": rows,
                "summary": summary(rows), "spectra": spectra, "config": vars(config), "torch": torch.__version__, "device": config.device_name}
@@ -725,31 +738,32 @@ def over_seeds(values, digits=1):
 
 
 def markdown(rows):
-    """Dicts with the same keys as a Markdown table that reads well as text."""
-    widths = {key: max(len(row[key]) for row in [{key: key}, *rows]) for key in rows[0]}
-    lines = [{key: key for key in widths}, {key: "-" * width for key, width in widths.items()}, *rows]
-    return "\n".join("| " + " | ".join(line[key].ljust(width) for key, width in widths.items()) + " |" for line in lines)
+    """Dicts as the rows of a Markdown table that reads well as text; "-" where a row lacks a column."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    widths = {key: max(len(row.get(key, "-")) for row in [{key: key}, *rows]) for key in keys}
+    lines = [{key: key for key in keys}, {key: "-" * width for key, width in widths.items()}, *rows]
+    return "\n".join("| " + " | ".join(line.get(key, "-").ljust(width) for key, width in widths.items()) + " |" for line in lines)
 
 
 def results_table(results):
     """One row for all seeds of a setting."""
     settings = collections.defaultdict(list)
     for result in results:
-        settings[label(argparse.Namespace(**result["config"])), result["config"]["learning_rate"]].append(result)
+        settings[result["label"], result["config"]["learning_rate"]].append(result)
     rows = []
     for (name, rate), group in settings.items():
         ranks = [statistics.mean(kind["rank"] for kind in result["spectra"].values()) for result in group if result["spectra"]]
         digits = 1 if "exact" in group[0]["summary"] else 3
         rows.append({"method": name, "r̂": group[0]["size"] or "-",
                      "parameters": f"{group[0]['adapter_parameters'] or group[0]['trainable_parameters']:,}", "peak rate": f"{rate:g}"}
-                    | {key: over_seeds([result["summary"][key] for result in group], digits) for key in group[0]["summary"]}
+                    | {key: over_seeds([result["summary"][key] for result in group if key in result["summary"]], digits) for key in group[0]["summary"]}
                     | {"rank of ΔW": over_seeds(ranks, 0) if ranks else "-", "seconds": over_seeds([result["seconds"] for result in group], 0).split()[0]})
     return markdown(rows)
 
 
 def spectrum_table(results):
     """One row for each kind of layer in each run."""
-    return markdown([{"run": f"{label(argparse.Namespace(**result['config']))} seed{result['seed']}", "layers": kind}
+    return markdown([{"run": f"{result['label']} seed{result['seed']}", "layers": kind}
                      | {name: f"{value:.1f}" for name, value in spectrum.items() if name != "values"}
                      for result in results for kind, spectrum in result["spectra"].items()])
 
@@ -760,11 +774,11 @@ def draw_spectra(results, path):
         from matplotlib.figure import Figure
     except ImportError:
         return say("matplotlib is not installed: no picture")
-    kinds = list(results[0]["spectra"])
+    kinds = list(dict.fromkeys(kind for result in results for kind in result["spectra"]))
     figure = Figure(figsize=(4 * len(kinds), 3.2), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
         for result in results:
-            axes.semilogy(result["spectra"][kind]["values"], label=label(argparse.Namespace(**result["config"])))
+            axes.semilogy(result["spectra"].get(kind, {}).get("values", []), label=result["label"])
         axes.set(title=kind, xlabel="index", ylabel="singular value of ΔW", ylim=(1e-4, None))
     axes.legend()
     write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
@@ -773,7 +787,7 @@ def draw_spectra(results, path):
 
 def show_completions(results, pairs):
     """The pairs, and what every run's model says to their keys, with wrong characters marked below."""
-    names = [label(argparse.Namespace(**result["config"])) for result in results]
+    names = [result["label"] for result in results]
     width = max(map(len, ["value", *names]))
     for i, (key, value) in enumerate(pairs):
         say(f"\n{'key':{width}}  {key}\n{'value':{width}}  {value}")
@@ -805,7 +819,7 @@ def main(argv=None):
         if args.task == "uuid":
             say(f"{args.n_pairs} pairs to memorize; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")
         mora.find_targets(base, args.targets)  # a wrong name is found before, not between, the runs
-        if not 1 < (args.block_size or 2) <= base.config.block_size:
+        if (args.block_size or 0) > base.config.block_size:
             raise ValueError(f"--block_size {args.block_size} exceeds the context of {args.init}, {base.config.block_size} tokens")
         for config in runs(args):
             try:

@@ -403,7 +403,9 @@ def adapted_layers(model):
     (None, Net.LAYERS), (["up", "down"], Net.LAYERS), (["down"], ["blocks.0.down", "blocks.1.down"]),
     (["1.up"], ["blocks.1.up"]), (["blocks.0.up", "1.down"], ["blocks.0.up", "blocks.1.down"])])
 def test_targets(targets, expected):
-    assert adapted_layers(add_adapters(Net(), targets=targets)) == expected, "full names or their ends; no tied head"
+    model = add_adapters(Net(), targets=targets)
+    assert adapted_layers(model) == expected, "targets are full names or their ends; None leaves out the tied head"
+    assert isinstance(model.get_submodule(expected[0]).operator, OPERATORS["rotation"]), "rotation is the default"
 
 
 def test_subclasses_of_linear_are_left_alone():
@@ -473,17 +475,20 @@ def test_merge_adapters(bias, options):
 
 @every_variant
 def test_merge_and_reset(options):
-    model, layer = adapted(13, 20, **options)
-    x, A = randn(3, 13), layer.A.clone() if hasattr(layer, "A") else None
-    y, tensors = model(x), [*model.parameters(), *model.buffers()]
+    model = adapted_net(**options)
+    layers = [model.get_submodule(layer) for layer in Net.LAYERS]
+    y, tensors = model(), [*model.parameters(), *model.buffers()]
+    old = [layer.A.clone() for layer in layers if hasattr(layer, "A")]
     merge_and_reset(model)
-    assert all(tensor is old for tensor, old in zip([*model.parameters(), *model.buffers()], tensors)), (
+    assert_close(model(), y, "merge_and_reset() changed the outputs")
+    assert not any(torch.equal(layer.A, A) for layer, A in zip(layers, old)), "A is to be drawn again"
+    for layer in layers:
+        assert not (layer.M if isinstance(layer, MoRALinear) else layer.B).any(), "M, or B, starts again from zero"
+        assert_close(layer.delta_weight(), torch.zeros_like(layer.linear.weight), "ΔW after merge_and_reset()")
+        randomise(layer).reset()
+        assert_close(layer.delta_weight(), torch.zeros_like(layer.linear.weight), "ΔW after reset()")
+    assert all(new is tensor for new, tensor in zip([*model.parameters(), *model.buffers()], tensors)), (
         "tensors were replaced: an optimizer or a compiled model goes on with the old ones")
-    assert_close(model(x), y, "merge_and_reset() changed the outputs")
-    assert not (layer.M if A is None else layer.B).any(), "M, or B, starts again from zero"
-    assert A is None or not torch.isclose(layer.A, A).any(), "A is drawn again"
-    randomise(layer).reset()
-    assert_close(layer.delta_weight(), torch.zeros(20, 13), "ΔW after reset()")
 
 
 @pytest.mark.parametrize("name", ["lora", "asylora", "dora", "sharing random"])

@@ -154,6 +154,14 @@ def test_every_method_memorizes_four_pairs(options, base, tmp_path):
     assert accuracy > 0.6, f"guessing gets 10 % of the digits right, a method that learns has most of them by now, and this one {accuracy:.0%}"
 
 
+def test_an_earlier_run_is_kept(base, tmp_path):
+    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "--max_steps", 4, "--out_dir", tmp_path]
+    assert cli(*command) == 0 and cli(*command, "--alpha", 9) == 0
+    folder, = tmp_path.glob("uuid-*seed0")
+    first, second = (json.loads((path / "results.json").read_text())["config"]["alpha"] for path in (Path(f"{folder}.1"), folder))
+    assert (first, second) == (None, 9)
+
+
 def test_what_a_run_leaves(base, tmp_path, capsys):
     assert cli("uuid", "--init", base, "--n_pairs", 4, "--max_steps", 8, "--eval_every", 3, "--methods", "full", "mora", "--out_dir", tmp_path) == 0
     folder = next(tmp_path.glob("uuid-mora-*"))
@@ -177,10 +185,10 @@ def test_what_a_run_leaves(base, tmp_path, capsys):
 
 
 def test_runs_are_the_combinations_of_what_concerns_a_method():
-    args = train.parse_args("uuid --methods full lora mora remora --rank 1 2 --operator sharing rotation --groups cycle random --seed 0 1".split())
+    args = train.parse_args("uuid --methods full lora mora remora --rank 1 2 --operator sharing --groups cycle random --seed 0 1".split())
     labels = [train.label(config) for config in train.runs(args) if config.seed == 0]
     groups = [f"sharing {how} r{r}" for r in (1, 2) for how in ("cycle", "random")]
-    expected = ["full", "lora r1", "lora r2", *(f"{method} {rest}" for method in ("mora", "remora") for rest in [*groups, "rotation r1", "rotation r2"])]
+    expected = ["full", "lora r1", "lora r2", *(f"{method} {rest}" for method in ("mora", "remora") for rest in groups)]
     assert sorted(labels) == sorted(expected)
     assert len(list(train.runs(args))) == 2 * len(expected)
 
@@ -453,7 +461,7 @@ WRONG = {
     "uuid --n_embd 30 --n_head 4 --init scratch": "30", "uuid --block_size 40 --init scratch": "40", "uuid --fold --operator sharing": "--fold",
     "uuid --targets c_atn --init scratch": "c_atn", "uuid --learnin_rate 1": "--learnin_rate", "memorize": "memorize", "text": "--data",
     "text --data nowhere.txt": "nowhere.txt", "uuid --merge_every 2 --restart_warmup 2 --methods remora": "--restart_warmup", "uuid --dtype float8": "float8",
-    "uuid --out_dir README.md --init scratch": "README.md",
+    "uuid --groups random --operator rotation": "--groups", "uuid --out_dir README.md --init scratch": "README.md",
 }
 
 
