@@ -235,7 +235,7 @@ class Adapter(nn.Module):
 
     def set_extra_state(self, state):
         if not torch.equal(state.cpu(), self.get_extra_state()):
-            saved, own = (bytes(text.tolist()).decode() for text in (state, self.get_extra_state()))
+            saved, own = (bytes(text.tolist()).decode(errors="replace") for text in (state, self.get_extra_state()))
             raise ValueError(f"the state was saved from {saved}, and the model has {own}")
 
 
@@ -362,7 +362,10 @@ def add_adapters(model: nn.Module, method="mora", rank=8, operator="rotation", t
     if METHODS[method] is MoRALinear:
         options["operator"] = operator
     layers = find_targets(model, targets)
-    adapters = {name: METHODS[method](layer, rank, **options).train(layer.training) for name, layer in layers.items()}
+    try:
+        adapters = {name: METHODS[method](layer, rank, **options).train(layer.training) for name, layer in layers.items()}
+    except TypeError as error:  # an option that belongs to another method
+        raise ValueError(f"{method}: {error}") from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, adapter in adapters.items():
@@ -423,7 +426,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
     """Load what `adapter_state_dict` saved into a model with the same adapters. ValueError, and nothing loaded, if anything differs."""
-    for name, adapter in find_adapters(model).items():
+    adapters = find_adapters(model)
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError("the state is not a dict of tensors, as adapter_state_dict makes it")
+    for name, adapter in adapters.items():
         if f"{name}._extra_state" in state:
             adapter.set_extra_state(state[f"{name}._extra_state"])
     own = adapter_state_dict(model)
