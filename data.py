@@ -1,7 +1,7 @@
 """The data: tokenizers, and what there is to learn. Knows nothing of models.
 
-Every data set gives the batch of any step by `batch(step)`, a function of (seed, step) and nothing else: evaluating, resuming a run or
-spreading it over several processes changes no batch.
+Every data set gives the batch of any step by `batch(step)`, a function of (seed, step) and nothing else: evaluating,
+resuming a run or spreading it over several processes changes no batch.
 """
 
 import array
@@ -30,12 +30,14 @@ import numpy as np
 import tiktoken
 import torch
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """"gpt2": GPT-2's 50,257 tokens, whose files tiktoken downloads once. "bytes": the 256 bytes and an end token, made right here."""
+    """"gpt2": GPT-2's 50,257 tokens, whose files tiktoken downloads once. "bytes": the 256 bytes and an end token, made
+    right here.
+    """
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
@@ -44,8 +46,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken lets the exceptions of its HTTP library through
-        raise ValueError("GPT-2's tokenizer files could not be fetched: connect to the network once, or point TIKTOKEN_CACHE_DIR to a "
-                         f"folder that has them, or use --tokenizer bytes ({type(error).__name__})") from error
+        raise ValueError("GPT-2's tokenizer files could not be fetched: connect to the network once, or point "
+                         f"TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bytes ({type(error).__name__})") from error
 
 
 def seeded(*key) -> torch.Generator:
@@ -65,12 +67,12 @@ def epoch_rows(n, batch_size, seed, step):
     return torch.cat([shuffled(n, seed, epoch) for epoch in epochs])[first % n:][:batch_size]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # UUID pairs (paper, sections 3 and 5.1)
 
 UUID_LENGTH = 36  # 32 hex digits and 4 dashes
 HEX_POSITIONS = [i for i in range(UUID_LENGTH) if i not in (8, 13, 18, 23)]
-UUID_CHANCE = (30 / 16 + 1 + 1 / 4) / 32  # of guessing a digit: 30 are random, the version's is 4, the variant's one of 8, 9, a, b
+UUID_CHANCE = (30 / 16 + 1 + 1 / 4) / 32  # of guessing a digit: the version's is 4, the variant's one of 8, 9, a, b
 
 
 def random_uuid_pairs(n: int, rng: random.Random) -> list[tuple[str, str]]:
@@ -90,8 +92,8 @@ def uuid_pairs(n: int, seed: int) -> list[tuple[str, str]]:
 def encode_uuid_pairs(pairs, tokenizer) -> torch.Tensor:
     """Token ids (n, 73) of "key:value"; the last 36 of each row are the answer.
 
-    Every character is a token of its own, whatever the tokenizer. GPT-2's would join digits to tokens of varying length, while the
-    accuracy counts single characters, and the answer is to stand at the same place in every row.
+    Every character is a token of its own, whatever the tokenizer. GPT-2's would join digits to tokens of varying
+    length, while the accuracy counts single characters, and the answer is to stand at the same place in every row.
     """
     ids = {char: tokenizer.encode_single_token(char) for char in "0123456789abcdef-:"}
     return torch.tensor([[ids[char] for char in f"{key}:{value}"] for key, value in pairs])
@@ -106,13 +108,15 @@ class UUIDPairs:
         self.tokens = encode_uuid_pairs(self.pairs, tokenizer).to(device)  # (n_pairs, 73)
 
     def batch(self, step):
-        """idx (batch_size, 72) and targets (batch_size, 36). Every epoch goes through all pairs, in an order of its own."""
+        """idx (batch_size, 72) and targets (batch_size, 36). Every epoch goes through all pairs, in an order of its
+        own.
+        """
         rows = epoch_rows(len(self.pairs), self.batch_size, self.seed, step)
         tokens = self.tokens[rows.to(self.tokens.device)]
         return tokens[:, :-1], tokens[:, -UUID_LENGTH:]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # What the demo's base is pretrained on
 
 
@@ -146,7 +150,7 @@ class DemoText:
         return tokens[:, :-1], tokens[:, 1:]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -175,7 +179,9 @@ def decode(line, path, number):
 
 
 def read_rows(path, seen=lambda position: None):
-    """(where, row) for every line, an object of JSON; `where` is "path:line". `seen` is told the position in the file, in bytes."""
+    """(where, row) for every line, an object of JSON; `where` is "path:line". `seen` is told the position in the file,
+    in bytes.
+    """
     where = None
     with reading(path) as (file, raw):
         for number, line in enumerate(file, 1):
@@ -187,7 +193,8 @@ def read_rows(path, seen=lambda position: None):
                 except (ValueError, RecursionError):
                     row = None
                 if not isinstance(row, dict):
-                    raise ValueError(f'{where}: every line must be an object of JSON, such as {{"text": "..."}}, not {text.strip()[:40]!r}')
+                    raise ValueError(f'{where}: every line must be an object of JSON, such as {{"text": "..."}}, not '
+                                     f'{text.strip()[:40]!r}')
                 yield where, row
     if where is None:
         raise ValueError(f"{path} is empty")
@@ -195,12 +202,14 @@ def read_rows(path, seen=lambda position: None):
 
 def get_string(row, name, where):
     if not isinstance(row.get(name), str):
-        raise ValueError(f"{where}: " + (f"the field {name} is not a string" if name in row else f"there is no field {name}"))
+        raise ValueError(f"{where}: " + (f"the field {name} is not a string" if name in row else f"there is no field "
+                         f"{name}"))
     return row[name]
 
 
 def read_documents(path, seen=lambda position: None):
-    """The texts of a file: the whole of a .txt, the field "text" of every line of a .jsonl or .json, each also with .gz after it.
+    """The texts of a file: the whole of a .txt, the field "text" of every line of a .jsonl or .json, each also with .gz
+    after it.
 
     ValueError, naming the file and the line, for whatever is wrong with it.
     """
@@ -219,11 +228,12 @@ def read_documents(path, seen=lambda position: None):
 
 
 PROGRESS_EVERY = 5.0  # seconds
-HELD_OUT = 20  # without files of its own, validation gets one in so many documents or lines: the first, the 21st, the 41st, ...
+HELD_OUT = 20  # without files of its own, validation gets one in so many documents or lines: the first, the 21st, ...
 
 
 class Documents:
-    """The documents of some files, one after another: "all", or the part for "train" or for "val". `share` of them has been read.
+    """The documents of some files, one after another: "all", or the part for "train" or for "val". `share` of them has
+    been read.
 
     Of a single document, the last 20th of its characters is for validation. ValueError if a file is not there.
     """
@@ -280,7 +290,7 @@ def writing(path):
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Tokens: flat files of uint16, an end token after each document
 
 PIECE = 20_000  # characters that are encoded in one go
@@ -301,9 +311,11 @@ def pieces(text):
 
 
 def encode(documents, tokenizer):
-    """Lists of tokens, in order, with the end token after each document. All cores encode, while the next documents are read."""
+    """Lists of tokens, in order, with the end token after each document. All cores encode, while the next documents are
+    read.
+    """
     waiting, threads = collections.deque(), os.cpu_count()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:  # as in encode_ordinary_batch, which wants all texts at once
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:  # encode_ordinary_batch wants all texts at once
         for piece, last in itertools.chain.from_iterable(map(pieces, documents)):
             waiting.append((pool.submit(tokenizer.encode_ordinary, piece), [tokenizer.eot_token] * last))
             if len(waiting) > 32 * threads:
@@ -314,10 +326,14 @@ def encode(documents, tokenizer):
 
 
 def tokenize(documents, tokenizer, path):
-    """Write the tokens of an iterable of texts to `path`: flat uint16. The file appears under its name when it is whole."""
+    """Write the tokens of an iterable of texts to `path`: flat uint16. The file appears under its name when it is
+    whole.
+    """
     if tokenizer.n_vocab > 1 << 16:
-        raise ValueError(f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab:,} tokens: more than the 65,536 that fit uint16")
-    count, progress, unfinished = 0, Progress(f"tokenizing {path}", "million tokens"), Path(f"{path}.{os.getpid()}.part")
+        raise ValueError(f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab:,} tokens: more than the 65,536 that "
+                         "fit uint16")
+    count, unfinished = 0, Path(f"{path}.{os.getpid()}.part")
+    progress = Progress(f"tokenizing {path}", "million tokens")
     with writing(path):
         try:
             with open(unfinished, "wb", buffering=1 << 20) as file:
@@ -332,8 +348,11 @@ def tokenize(documents, tokenizer, path):
 
 
 def token_file(documents, tokenizer, folder):
-    """The path in `folder` of the tokens of some Documents. Made once: its name says of what, so files that changed get another."""
-    key = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(documents.paths, documents.stats)]
+    """The path in `folder` of the tokens of some Documents. Made once: its name says of what, so files that changed get
+    another.
+    """
+    files = zip(documents.paths, documents.stats)
+    key = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in files]
     digest = hashlib.sha256(repr((HELD_OUT, key)).encode()).hexdigest()[:12]
     path = Path(folder) / f"{documents.paths[0].name[:80]}-{documents.part}-{tokenizer.name}-{digest}.bin"
     if not path.exists():
@@ -346,11 +365,13 @@ def text_tokens(data, val_data, tokenizer, folder):
 
     Without `val_data`, every 20th document is for validation.
     """
-    train, val = (Documents(data), Documents(val_data)) if val_data else (Documents(data, "train"), Documents(data, "val"))
+    train, val = Documents(data), Documents(val_data or data)
+    if not val_data:
+        train.part, val.part = "train", "val"
     return [token_file(train, tokenizer, folder)], token_file(val, tokenizer, folder)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # C4 (paper, section 5.3)
 
 C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main"
@@ -398,31 +419,35 @@ def download(url, path):
             fetch(url, part)
             with writing(path):
                 return os.replace(part, path)
-        except (OSError, http.client.HTTPException) as error:  # no network, a broken connection and a timeout are OSErrors
+        except (OSError, http.client.HTTPException) as error:  # a broken connection or a timeout is an OSError
             code = getattr(error, "code", None)
             if code == 416:  # there is nothing at that place: `part` is of something else
                 part.unlink(missing_ok=True)
             final = url.startswith("file:") or isinstance(error, (gzip.BadGzipFile, http.client.InvalidURL))
-            final = final or code and 400 <= code < 500 and code not in (408, 416, 429)  # timeout, range, too many requests
+            temporary = (408, 416, 429)  # timeout, range, too many requests
+            final = final or code and 400 <= code < 500 and code not in temporary
             size = part.stat().st_size if part.exists() else 0
             if size > most:
                 most, waits = size, iter(WAITS)
             wait = None if final else next(waits, None)
             if wait is None:
-                raise ValueError(f"{url} cannot be downloaded ({str(error).strip('<>')}): give another address with --c4_url, or get the "
-                                 f"file elsewhere and put it at {path}") from None
+                raise ValueError(f"{url} cannot be downloaded ({str(error).strip('<>')}): give another address with "
+                                 f"--c4_url, or get the file elsewhere and put it at {path}") from None
             print(f"{url}: {str(error).strip('<>')}; trying again in {wait} s", flush=True)
             time.sleep(wait)
 
 
 def c4_files(url, shards, folder):
-    """Paths of C4's first training shards (a list), and of one of validation. Those not yet in `folder` are downloaded from below `url`."""
+    """Paths of C4's first training shards (a list), and of one of validation. Those not yet in `folder` are downloaded
+    from below `url`.
+    """
     if not re.match(r"https?://[^/]|file:/", url):
         raise ValueError(f"--c4_url must begin with http://, https:// or file:, not {url!r}")
     if not 1 <= shards <= 1024:
         raise ValueError(f"--shards must be from 1 to 1024, not {shards}")
     names = [f"c4-train.{i:05d}-of-01024.json.gz" for i in range(shards)] + ["c4-validation.00000-of-00008.json.gz"]
-    paths = [Path(folder) / re.sub(r"\W+", "-", url.rstrip("/"))[-100:] / name for name in names]  # each address has files of its own
+    folder = Path(folder) / re.sub(r"\W+", "-", url.rstrip("/"))[-100:]  # each address has files of its own
+    paths = [folder / name for name in names]
     for name, path in zip(names, paths):
         if not path.exists():
             download(f"{url.rstrip('/')}/en/{name}", path)
@@ -432,10 +457,11 @@ def c4_files(url, shards, folder):
 def c4_tokens(url, shards, tokenizer, folder):
     """Token files for Text: (a list, one a shard, for training; one for validation)."""
     train, val = c4_files(url, shards, folder)
-    return [token_file(Documents([path]), tokenizer, folder) for path in train], token_file(Documents([val]), tokenizer, folder)
+    *train, val = (token_file(Documents([path]), tokenizer, folder) for path in [*train, val])
+    return train, val
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Language modelling on token files
 
 
@@ -443,7 +469,8 @@ def open_tokens(path, least):
     """The tokens in a file, which stay on the disk. ValueError if they are fewer than `least`."""
     n = os.path.getsize(path) // 2
     if n < least:
-        raise ValueError(f"{path} has {n} tokens, but a row of --block_size {least - 1} takes {least}: give more text, or a smaller block")
+        raise ValueError(f"{path} has {n} tokens, but a row of --block_size {least - 1} takes {least}: give more text, "
+                         "or a smaller block")
     return np.memmap(path, np.uint16, "r")
 
 
@@ -451,7 +478,8 @@ class Text:
     """Rows from random places of the training files. The target of every token is the one that follows."""
 
     def __init__(self, train, val, block_size, batch_size, seed, device="cpu", val_tokens=100_000):
-        self.block_size, self.batch_size, self.seed, self.device, self.val_tokens = block_size, batch_size, seed, device, val_tokens
+        self.block_size, self.batch_size, self.seed, self.device = block_size, batch_size, seed, device
+        self.val_tokens = val_tokens
         self.train, self.val = [open_tokens(path, block_size + 1) for path in train], open_tokens(val, block_size + 1)
 
     def row(self, place):
@@ -465,7 +493,8 @@ class Text:
         """idx and targets, (batch_size, block_size) each."""
         places = sum(len(tokens) - self.block_size for tokens in self.train)
         chosen = torch.randint(places, (self.batch_size,), generator=seeded("text", self.seed, step))
-        rows = torch.stack([self.row(place) for place in chosen.tolist()]).to(self.device)  # (batch_size, block_size + 1)
+        rows = torch.stack([self.row(place) for place in chosen.tolist()])  # (batch_size, block_size + 1)
+        rows = rows.to(self.device)
         return rows[:, :-1], rows[:, 1:]
 
     def validation(self):
@@ -477,22 +506,22 @@ class Text:
         missing = -(len(tokens) - 1) % self.block_size
         idx = torch.nn.functional.pad(tokens[:-1], (0, missing)).view(-1, self.block_size)
         targets = torch.nn.functional.pad(tokens[1:], (0, missing), value=-100).view(-1, self.block_size)
-        rows = max(1, 16_384 // self.block_size)  # of its own, so that no rounding depends on the batch size of training
+        rows = max(1, 16_384 // self.block_size)  # so that no rounding depends on training's batch size
         for batch in zip(idx.split(rows), targets.split(rows)):
             yield tuple(tensor.to(self.device) for tensor in batch)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Prompts and completions
 
-PAIR_FIELDS = ("prompt", "completion"), ("instruction", "output"), ("query", "response")  # "input", if there, belongs to the instruction
+PAIR_FIELDS = ("prompt", "completion"), ("instruction", "output"), ("query", "response")
 
 
 def read_pairs(paths):
     """[(prompt, completion), ...] from files with an object of JSON in each line.
 
-    The prompt gets a newline at its end if there is no white space at the seam. So both can be encoded separately, the same tokens
-    being the prompt's in training and when the model is asked.
+    The prompt gets a newline at its end if there is no white space at the seam. So both can be encoded separately, the
+    same tokens being the prompt's in training and when the model is asked.
     """
     pairs = []
     for where, row in itertools.chain.from_iterable(map(read_rows, paths)):
@@ -515,18 +544,22 @@ def prompt_pairs(data, val_data):
     if val_data:
         return pairs, read_pairs(val_data)
     if len(pairs) < 2:
-        raise ValueError(f"{data[0]} has a single line, and nothing is left for validation: give more lines, or --val_data")
+        raise ValueError(f"{data[0]} has a single line, and nothing is left for validation: give more lines, or "
+                         "--val_data")
     return [pair for i, pair in enumerate(pairs) if i % HELD_OUT], pairs[::HELD_OUT]
 
 
 class PromptPairs:
-    """Completions to learn, given their prompts. The targets are the completion's tokens and the end token, and -100 elsewhere.
+    """Completions to learn, given their prompts. The targets are the completion's tokens and the end token, and -100
+    elsewhere.
 
-    Rows longer than block_size + 1 tokens are cut: `cut` of them. Those of whose completion nothing would be left are not used: `dropped`.
+    Rows longer than block_size + 1 tokens are cut: `cut` of them. Those of whose completion nothing would be left are
+    not used: `dropped`.
     """
 
     def __init__(self, train, val, tokenizer, block_size, batch_size, seed, device="cpu"):
-        self.tokenizer, self.block_size, self.batch_size, self.seed, self.device = tokenizer, block_size, batch_size, seed, device
+        self.tokenizer, self.block_size, self.batch_size = tokenizer, block_size, batch_size
+        self.seed, self.device = seed, device
         self.cut = self.dropped = 0
         self.train, self.val = self.encode(train), self.encode(val)
 
@@ -543,11 +576,14 @@ class PromptPairs:
                     self.cut += len(tokens) > self.block_size + 1
                     rows.append((len(prompt), np.array(tokens[:self.block_size + 1], np.uint16)))
         if not rows:
-            raise ValueError(f"no prompt of the {len(pairs)} lines leaves room for its completion within --block_size {self.block_size}")
+            raise ValueError(f"no prompt of the {len(pairs)} lines leaves room for its completion within --block_size "
+                             f"{self.block_size}")
         return rows
 
     def pad(self, rows):
-        """idx and targets (len(rows), length): the longest row's length up to a multiple of 64, as each new one costs a compilation."""
+        """idx and targets (len(rows), length): the longest row's length up to a multiple of 64, as each new one costs a
+        compilation.
+        """
         longest = max(len(tokens) for _, tokens in rows) - 1
         length = min(-(-longest // 64) * 64, self.block_size)
         idx = torch.full((len(rows), length), self.tokenizer.eot_token)
@@ -563,6 +599,8 @@ class PromptPairs:
         return self.pad([self.train[i] for i in epoch_rows(len(self.train), self.batch_size, self.seed, step)])
 
     def validation(self):
-        """Batches (idx, targets) of the held-out rows, in order. A completion is right if all targets but -100 are predicted."""
+        """Batches (idx, targets) of the held-out rows, in order. A completion is right if all targets but -100 are
+        predicted.
+        """
         for start in range(0, len(self.val), self.batch_size):
             yield self.pad(self.val[start:start + self.batch_size])

@@ -1,7 +1,9 @@
-"""A GPT in one file: GPT-2's architecture (Radford et al. 2019), readable from top to bottom, and its published weights.
+"""A GPT in one file: GPT-2's architecture (Radford et al. 2019), readable from top to bottom, and its published
+weights.
 
-Pre-norm blocks, GELU, learned positions, an output head tied to the token embedding. The modules carry the names of OpenAI's checkpoint
-(wte, wpe, h.0.attn.c_attn, ...), with one difference: c_attn, c_proj and c_fc are nn.Linear here, and their weights transposed.
+Pre-norm blocks, GELU, learned positions, an output head tied to the token embedding. The modules carry the names of
+OpenAI's checkpoint (wte, wpe, h.0.attn.c_attn, ...), with one difference: c_attn, c_proj and c_fc are nn.Linear here,
+and their weights transposed.
 
 Shapes: B sequences of T tokens, C = n_embd channels, H heads.
 """
@@ -51,7 +53,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))  # (B, H, T, C/H)
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))  # (B, H, T, C/H)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, C/H) -> (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -109,10 +112,11 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """(B, T) token ids -> logits (B, T, vocab_size) and None; with `targets`, the mean cross entropy in nats as well.
+        """(B, T) token ids -> logits (B, T, vocab_size) and None; with `targets`, the mean cross entropy in nats as
+        well.
 
-        Targets (B, t) with t < T belong to the last t positions: logits (B, t, vocab_size) are computed for these only, which spares
-        the vocabulary's softmax for a prompt. A target of -100 is left out of the mean.
+        Targets (B, t) with t < T belong to the last t positions: logits (B, t, vocab_size) are computed for these only,
+        which spares the vocabulary's softmax for a prompt. A target of -100 is left out of the mean.
         """
         x = self.features(idx)
         if targets is None:
@@ -122,9 +126,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=0.0, top_k=None, generator=None):
-        """Append `max_new_tokens` tokens to idx (B, T): the likeliest ones at temperature 0, else sampled, among the `top_k` likeliest.
+        """Append `max_new_tokens` tokens to idx (B, T): the likeliest ones at temperature 0, else sampled, among the
+        `top_k` likeliest.
 
-        Past the context length the model sees the last `block_size` tokens. Dropout is as the model's mode says: call eval() first.
+        Past the context length the model sees the last `block_size` tokens. Dropout is as the model's mode says: call
+        eval() first.
         """
         for _ in range(max_new_tokens):
             x = self.features(idx[:, -self.config.block_size:])[:, -1]  # (B, C)
@@ -140,14 +146,15 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, n_head: int | None = None, dropout: float = 0.0) -> "GPT":
-        """A GPT with OpenAI's weights ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl": downloaded once) or those of a local file.
+        """A GPT with OpenAI's weights ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl": downloaded once) or those of a
+        local file.
 
-        The file is a state dict written by torch.save with GPT-2's names, with or without the prefix "transformer.". The configuration
-        is read off the shapes. They do not tell the number of heads: that is `n_head`, or what `export` noted in the file, or
-        n_embd / 64 as in every GPT-2. ValueError says what in the file does not fit.
+        The file is a state dict written by torch.save with GPT-2's names, with or without the prefix "transformer.".
+        The configuration is read off the shapes. They do not tell the number of heads: that is `n_head`, or what
+        `export` noted in the file, or n_embd / 64 as in every GPT-2. ValueError says what in the file does not fit.
         """
         state = load_checkpoint(name_or_path)
-        if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
+        if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in state.items()):
             raise ValueError(f"{name_or_path} is not a GPT-2 checkpoint: it is no dict of named tensors")
         n_head = n_head or getattr(state, "n_head", None)
         state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
@@ -158,29 +165,36 @@ class GPT(nn.Module):
             if name not in state:
                 raise ValueError(f"{name_or_path} is not a GPT-2 checkpoint: it has no {name}")
         if head is not None and not torch.equal(head.float(), state["wte.weight"].float()):
-            raise ValueError(f"{name_or_path}: lm_head.weight differs from wte.weight, and this GPT has one weight for both")
+            raise ValueError(f"{name_or_path}: lm_head.weight differs from wte.weight, and this GPT has one weight for "
+                             "both")
         (vocab_size, n_embd), block_size = state["wte.weight"].shape, len(state["wpe.weight"])
-        n_layer = 1 + max(int(layer) for layer in (name.split(".")[1] for name in state if name.startswith("h.")) if layer.isdigit())
+        layers = {name.split(".")[1] for name in state if name.startswith("h.")}
+        n_layer = 1 + max(int(layer) for layer in layers if layer.isdigit())
         config = GPTConfig(block_size, vocab_size, n_layer, n_head or max(1, n_embd // 64), n_embd, dropout)
         with torch.device("meta"):  # shapes only: random weights would be replaced at once
             model = cls(config)
-        state = {name: (tensor.T if is_transposed(name) else tensor).float().contiguous() for name, tensor in state.items()}
+        state = {name: tensor.T if is_transposed(name) else tensor for name, tensor in state.items()}
+        state = {name: tensor.float().contiguous() for name, tensor in state.items()}
         expected = model.state_dict()
         for name in sorted(state.keys() | expected.keys()):
             ours, theirs = (tuple(d[name].shape) if name in d else "absent" for d in (expected, state))
             if ours != theirs:
-                raise ValueError(f"{name_or_path}: {name} is {theirs} in the file, and {ours} in a GPT of its configuration")
+                raise ValueError(f"{name_or_path}: {name} is {theirs} in the file, and {ours} in a GPT of its "
+                                 "configuration")
         model.load_state_dict(state, assign=True)
         return model.train()
 
     def export(self, path: str):
-        """Write the weights in GPT-2's format, for `from_pretrained` and transformers' GPT2LMHeadModel. Merge adapters first."""
+        """Write the weights in GPT-2's format, for `from_pretrained` and transformers' GPT2LMHeadModel. Merge adapters
+        first.
+        """
         state = self.state_dict()
         with torch.device("meta"):
             unknown = state.keys() - GPT(self.config).state_dict().keys()
         if unknown:
             raise ValueError(f"GPT-2's format has no place for {min(unknown)}: merge the adapters first")
-        state = OrderedDict((name, tensor.T.contiguous() if is_transposed(name) else tensor) for name, tensor in state.items())
+        state = OrderedDict((name, tensor.T.contiguous() if is_transposed(name) else tensor)
+                            for name, tensor in state.items())
         state.n_head = self.config.n_head  # travels as an attribute, which other readers do not see
         torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
@@ -207,5 +221,7 @@ def load_checkpoint(name_or_path):
     except Exception as error:  # of the network; or whatever torch.load meets in bytes that torch.save did not write
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if os.path.isfile(path):
-            raise ValueError(f"{path} is damaged or was not written by torch.save ({reason}): delete or replace it") from error
-        raise ValueError(f"{name_or_path} cannot be downloaded ({reason}): get the file elsewhere and give its path") from error
+            raise ValueError(f"{path} is damaged or was not written by torch.save ({reason}): delete or replace "
+                             "it") from error
+        raise ValueError(f"{name_or_path} cannot be downloaded ({reason}): get the file elsewhere and give its "
+                         "path") from error

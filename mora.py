@@ -1,15 +1,17 @@
-"""MoRA: high-rank updating for parameter-efficient fine-tuning (Jiang et al. 2024, arXiv 2405.12130), with LoRA and its relatives.
+"""MoRA: high-rank updating for parameter-efficient fine-tuning (arXiv 2405.12130), with LoRA and its relatives.
 
-A frozen weight W0 (d outputs, k inputs) gets a trainable update. LoRA's has rank r and (k + d) r parameters. MoRA spends the same
-parameters on one square matrix M, between two operators that have none:
+A frozen weight W0 (d outputs, k inputs) gets a trainable update. LoRA's has rank r and (k + d) r parameters. MoRA
+spends the same parameters on one square matrix M, between two operators that have none:
 
     LoRA   h = W0 x + (alpha / r) B A x               A: r x k,  B: d x r
-    MoRA   h = W0 x + decompress(M compress(x))       M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r)), even for rotation, at most min(k, d)
+    MoRA   h = W0 x + decompress(M compress(x))       M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r)),
+                                                      at most min(k, d), and even for rotation
 
-compress squeezes k inputs into r̂ numbers, decompress spreads r̂ numbers over d outputs. Both are linear, so the update is a matrix ΔW
-that merges into W0 exactly. In the code k is `in_features`, d `out_features`, r `rank` and r̂ `size`.
+compress squeezes k inputs into r̂ numbers, decompress spreads r̂ numbers over d outputs. Both are linear, so the update
+is a matrix ΔW that merges into W0 exactly. In the code k is `in_features`, d `out_features`, r `rank` and r̂ `size`.
 
-From top to bottom: the size of M, the four operators, the layers, and what is done to a whole model. The file needs torch and nothing else:
+From top to bottom: the size of M, the four operators, the layers, and what is done to a whole model. The file needs
+torch and nothing else:
 
     model = add_adapters(model, method="mora", rank=8)     # freezes the model and adapts every linear layer
     ...                                                    # train the parameters that still require a gradient
@@ -28,7 +30,7 @@ from torch import nn
 
 
 def square_size(in_features: int, out_features: int, rank: int) -> int:
-    """r̂, the side of the largest square matrix within LoRA's budget (k + d) r, and at most min(k, d): a larger M adds no rank."""
+    """r̂, the side of the largest square matrix within LoRA's budget (k + d) r; beyond min(k, d) it would add no rank."""
     check_rank(rank)
     return min(math.isqrt((in_features + out_features) * rank), in_features, out_features)
 
@@ -38,12 +40,12 @@ def check_rank(rank):
         raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The operators. `...` stands for any leading dimensions, such as (batch, length).
 
 
 class Operator(nn.Module):
-    """A pair of linear maps without parameters: `compress` from k inputs to r̂ numbers, `decompress` from r̂ numbers to d outputs.
+    """Two linear maps without parameters: `compress`, from k inputs to r̂ numbers, and `decompress`, from them to d outputs.
 
     An operator of your own needs these two and a name in OPERATORS.
     """
@@ -59,7 +61,7 @@ class Operator(nn.Module):
 
 
 class Truncation(Operator):
-    """Eq. 4: keep the first r̂ inputs, write the first r̂ outputs. The baseline: whatever else is in x never reaches M."""
+    """Eq. 4: keep the first r̂ inputs, write the first r̂ outputs. The baseline: M never sees the rest of x."""
 
     def compress(self, x):
         return x[..., :self.size]  # (..., k) -> (..., r̂)
@@ -69,11 +71,12 @@ class Truncation(Operator):
 
 
 class Sharing(Operator):
-    """Eq. 6: inputs and outputs are dealt into r̂ groups. The inputs of a group are added up, its outputs all get the same number.
+    """Eq. 6: deal inputs and outputs into r̂ groups; add up the inputs of a group, copy one number to its outputs.
 
-    So ΔW[i, j] = M[out_group[i], in_group[j]]. `groups` says how indices are dealt: "strided" (0 1 2 0 1 2), "contiguous"
-    (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle", whose every `regroup` moves on to the next pair of
-    `CYCLE`, the one that the paper's code follows in ReMoRA. Groups differ in length by at most one.
+    So ΔW[i, j] = M[out_group[i], in_group[j]]. `groups` says how indices are dealt: "strided" (0 1 2 0 1 2),
+    "contiguous" (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle", whose every `regroup`
+    moves on to the next pair of `CYCLE`, the one that the paper's code follows in ReMoRA. Groups differ in length by at
+    most one.
     """
 
     options = ("groups",)
@@ -82,12 +85,14 @@ class Sharing(Operator):
 
     def __init__(self, in_features, out_features, size, groups="strided"):
         super().__init__(in_features, out_features, size)
-        self.pairs = self.CYCLE if groups == "cycle" else ((groups, groups) if isinstance(groups, str) else tuple(groups),)
+        pair = (groups, groups) if isinstance(groups, str) else tuple(groups)
+        self.pairs = self.CYCLE if groups == "cycle" else (pair,)
         if not all(len(pair) == 2 and set(pair) <= set(self.KINDS) for pair in self.pairs):
-            raise ValueError(f"groups must be one of {', '.join(self.KINDS)}, cycle, or a pair of the first three, not {groups!r}")
+            raise ValueError(f"groups must be one of {', '.join(self.KINDS)}, cycle, or a pair of the first three, not "
+                             f"{groups!r}")
         self.register_buffer("in_group", torch.empty(in_features, dtype=torch.long))
         self.register_buffer("out_group", torch.empty(out_features, dtype=torch.long))
-        self.register_buffer("turn", torch.tensor(-1))  # which of the pairs is in use, counting on; the first regroup makes it 0
+        self.register_buffer("turn", torch.tensor(-1))  # which of the pairs is in use; the first regroup makes it 0
         self.regroup()
 
     @torch.no_grad()
@@ -116,10 +121,11 @@ class Sharing(Operator):
 
 
 class Decoupling(Operator):
-    """Eq. 8: cut x into n = ceil(k / r̂) rows of r̂ (zeros fill the last), send each through the same M, lay the results side by side.
+    """Eq. 8: cut x into n = ceil(k / r̂) rows of r̂, send each through the same M, lay the results side by side.
 
-    ΔW is block diagonal, with M as every block. Results longer than d are cut, as in the paper, and shorter ones repeated. Where
-    k > d the cut loses whole rows, and with them every input in them; `fold=True` adds what lies past d back onto the first outputs.
+    Zeros fill the last row. ΔW is block diagonal, with M as every block. Results longer than d are cut, as in the paper, and shorter ones
+    repeated. Where k > d the cut loses whole rows, and with them every input in them; `fold=True` adds what lies past d
+    back onto the first outputs.
     """
 
     options = ("fold",)
@@ -145,9 +151,10 @@ class Decoupling(Operator):
 
 
 class Rotation(Decoupling):
-    """Eq. 9: unlike Decoupling, row i is first rotated by the angles i θ_j, θ_j = 10000^(-2j / r̂), so that M can tell rows apart.
+    """Eq. 9: Decoupling, but row i is first rotated by angles i θ_j, θ_j = 10000^(-2j / r̂): M can tell rows apart.
 
-    As in RoPE, coordinate j pairs with coordinate j + r̂/2. If r̂ is odd, the last coordinate has no partner and stays as it is.
+    As in RoPE, coordinate j pairs with coordinate j + r̂/2. If r̂ is odd, the last coordinate has no partner and stays
+    as it is.
     """
 
     def __init__(self, in_features, out_features, size, fold=False):
@@ -166,19 +173,20 @@ class Rotation(Decoupling):
 OPERATORS = {"truncation": Truncation, "sharing": Sharing, "decoupling": Decoupling, "rotation": Rotation}
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The layers: a frozen nn.Linear and a trainable update.
 
 
 class Adapter(nn.Module):
-    """What all layers share. A subclass owns the trainable parameters and defines `update`, ΔW x, and `reset`, back to ΔW = 0.
+    """What all layers share. A subclass owns what trains, and defines `update`, ΔW x, and `reset`, back to ΔW = 0.
 
-    The trainable parameters are float32 at least, also beside a bfloat16 weight: their steps are too small for bfloat16.
+    The trainable parameters are float32 at least, also beside a bfloat16 weight: their steps are too small for
+    bfloat16.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, dropout: float = 0.0):
         super().__init__()
-        if type(linear) is not nn.Linear:  # a subclass may use its weight behind forward's back, as nn.MultiheadAttention does
+        if type(linear) is not nn.Linear:  # subclasses may bypass forward, as the one in nn.MultiheadAttention does
             raise ValueError(f"an adapter wraps an nn.Linear, not {type(linear).__name__}")
         check_rank(rank)
         self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
@@ -204,7 +212,9 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def delta_weight(self) -> torch.Tensor:
-        """ΔW (d, k), float32 at least: column j is the update of the j-th unit vector, so it cannot disagree with forward (Eq. 3)."""
+        """ΔW (d, k), float32 at least: column j is the update of the j-th unit vector, so it cannot disagree with
+        forward (Eq. 3).
+        """
         with torch.autocast(self.linear.weight.device.type, enabled=False):
             return self.update(torch.eye(self.in_features, dtype=self.dtype, device=self.linear.weight.device)).T
 
@@ -229,7 +239,8 @@ class Adapter(nn.Module):
     def extra_repr(self):
         return f"rank={self.rank}"
 
-    # The numbers mean something only beside this description, so state dicts carry it, as bytes because they hold tensors only.
+    # The numbers mean something only beside this description, so state dicts carry it, as bytes because they hold
+    # tensors only.
     def get_extra_state(self):
         return torch.tensor(list(f"{type(self).__name__}({self.extra_repr()})".encode()), dtype=torch.uint8)
 
@@ -242,8 +253,9 @@ class Adapter(nn.Module):
 class LoRALinear(Adapter):
     """LoRA (arXiv 2106.09685), Eq. 1: ΔW = (alpha / r) B A. A is random and B zero, so ΔW starts at zero.
 
-    `alpha=None` means 2 r, the paper's at r = 8. `rslora` divides by sqrt(r) instead (arXiv 2312.03732), so that a step's size does not
-    shrink with the rank. `train_A=False` is AsyLoRA (arXiv 2402.16842): A keeps its random values, B alone learns.
+    `alpha=None` means 2 r, the paper's at r = 8. `rslora` divides by sqrt(r) instead (arXiv 2312.03732), so that a
+    step's size does not shrink with the rank. `train_A=False` is AsyLoRA (arXiv 2402.16842): A keeps its random values,
+    B alone learns.
     """
 
     def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False, train_A=True):
@@ -260,7 +272,7 @@ class LoRALinear(Adapter):
 
     @torch.no_grad()
     def reset(self, generator=None):
-        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_(a=sqrt(5)), as nn.Linear; on the CPU, so that devices agree
+        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_(a=sqrt(5)), drawn on the CPU so that devices agree
         self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
         self.B.zero_()
 
@@ -304,7 +316,8 @@ class DoRALinear(LoRALinear):
 class MoRALinear(Adapter):
     """MoRA, Eq. 2: ΔW x = decompress(M compress(x)). M starts at zero, and so does ΔW; there is no alpha.
 
-    `operator` is a key of OPERATORS; `options` go to its class: `groups` for sharing, `fold` for decoupling and rotation.
+    `operator` is a key of OPERATORS; `options` go to its class: `groups` for sharing, `fold` for decoupling and
+    rotation.
     """
 
     def __init__(self, linear, rank, operator="rotation", dropout=0.0, **options):
@@ -333,7 +346,7 @@ class MoRALinear(Adapter):
         return f"rank={self.rank}, size={self.operator.size}, operator={type(self.operator).__name__.lower()}{fold}"
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Whole models.
 
 METHODS = {
@@ -350,10 +363,10 @@ METHODS = {
 def add_adapters(model: nn.Module, method="mora", rank=8, operator="rotation", targets=None, **options) -> nn.Module:
     """Replace the model's linear layers by adapted ones, in place, freeze everything else, and return the model.
 
-    `targets` lists layers by their full name or its end, such as ["c_attn", "h.0.mlp.c_fc"]; None means all of them, except an output
-    head that shares its weight with the embedding. `options` go to the method's class: alpha, dropout, rslora, groups, fold. Random
-    numbers (A, random groups) come from torch's global generator. ValueError if an argument is unknown, if nothing matches, or if the
-    model is adapted already; the model is then as it was.
+    `targets` lists layers by their full name or its end, such as ["c_attn", "h.0.mlp.c_fc"]; None means all of them,
+    except an output head that shares its weight with the embedding. `options` go to the method's class: alpha, dropout,
+    rslora, groups, fold. Random numbers (A, random groups) come from torch's global generator. ValueError if an
+    argument is unknown, if nothing matches, or if the model is adapted already; the model is then as it was.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -363,13 +376,13 @@ def add_adapters(model: nn.Module, method="mora", rank=8, operator="rotation", t
         options["operator"] = operator
     layers = find_targets(model, targets)
     try:
-        adapters = {name: METHODS[method](layer, rank, **options).train(layer.training) for name, layer in layers.items()}
+        adapters = {name: METHODS[method](layer, rank, **options) for name, layer in layers.items()}
     except TypeError as error:  # an option that belongs to another method
         raise ValueError(f"{method}: {error}") from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, adapter in adapters.items():
-        model.set_submodule(name, adapter)
+        model.set_submodule(name, adapter.train(adapter.linear.training))
     return model
 
 
@@ -390,7 +403,8 @@ def find_targets(model, targets):
             raise ValueError(f"{target!r} shares its weight with another module: merging would change both")
         chosen |= found
     if not chosen:
-        raise ValueError(f"there is no layer to adapt among {', '.join(layers)}: name some in targets; a tied output head cannot be adapted")
+        raise ValueError(f"there is no layer to adapt among {', '.join(layers)}: name some in targets; a tied output "
+                         "head cannot be adapted")
     return chosen
 
 
@@ -403,14 +417,16 @@ def find_adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Replace every adapted layer by its merged nn.Linear, in place, and return the model. All parameters stay frozen."""
+    """Replace every adapted layer by its merged nn.Linear, in place, and return the model. All parameters stay frozen.
+    """
     for name, adapter in find_adapters(model).items():
         model.set_submodule(name, adapter.merge())
     return model
 
 
 def merge_and_reset(model: nn.Module, generator: torch.Generator | None = None):
-    """The step of ReLoRA and ReMoRA: move every ΔW into its W0 and start again from zero, with fresh A or groups from `generator`.
+    """The step of ReLoRA and ReMoRA: move every ΔW into its W0 and start again from zero, with fresh A or groups from
+    `generator`.
 
     The optimizer's state of the adapters' parameters belongs to the old ΔW; dropping it is up to the caller.
     """
@@ -419,13 +435,17 @@ def merge_and_reset(model: nn.Module, generator: torch.Generator | None = None):
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters' own tensors by full name: parameters, groups, and each adapter's description. The frozen weights are not in it."""
+    """The adapters' own tensors by full name: parameters, groups, and each adapter's description. The frozen weights
+    are not in it.
+    """
     return {f"{name}.{key}": tensor for name, adapter in find_adapters(model).items()
             for key, tensor in adapter.state_dict().items() if not key.startswith("linear.")}
 
 
 def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
-    """Load what `adapter_state_dict` saved into a model with the same adapters. ValueError, and nothing loaded, if anything differs."""
+    """Load what `adapter_state_dict` saved into a model with the same adapters. ValueError, and nothing loaded, if
+    anything differs.
+    """
     adapters = find_adapters(model)
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise ValueError("the state is not a dict of tensors, as adapter_state_dict makes it")
@@ -434,10 +454,12 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module
             adapter.set_extra_state(state[f"{name}._extra_state"])
     own = adapter_state_dict(model)
     if own.keys() != state.keys():
-        missing, unknown = (", ".join(sorted(keys)[:3]) or "nothing" for keys in (own.keys() - state.keys(), state.keys() - own.keys()))
-        raise ValueError(f"the state does not fit the model: missing in the state: {missing}; unknown to the model: {unknown}")
+        missing, unknown = sorted(own.keys() - state.keys())[:3], sorted(state.keys() - own.keys())[:3]
+        raise ValueError(f"the state does not fit the model: missing in the state: {missing}; unknown to the model: "
+                         f"{unknown}")
     for key in own:
         if own[key].shape != state[key].shape:
-            raise ValueError(f"{key} is {tuple(state[key].shape)} in the state and {tuple(own[key].shape)} in the model")
+            raise ValueError(f"{key} is {tuple(state[key].shape)} in the state and {tuple(own[key].shape)} in the "
+                             "model")
     model.load_state_dict(state, strict=False)
     return model

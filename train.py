@@ -7,7 +7,8 @@
     torchrun --standalone --nproc_per_node=8 train.py c4 ...
     python train.py -h                          every option
 
-From top to bottom: settings, command line, device and processes, tasks, base model, optimizer, the loop, files, runs, results.
+From top to bottom: settings, command line, device and processes, tasks, base model, optimizer, the loop, files, runs,
+results.
 """
 
 import argparse
@@ -37,14 +38,14 @@ import data
 import mora
 from model import GPT, PRESETS, GPTConfig
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Settings: what an option is when it is not given
 
 METHODS = ("full", *mora.METHODS)
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 
-# Peak learning rates for --init demo, scratch, and given weights. The first two are the best of the sweeps in the README; nothing was
-# swept for given weights, whose rates are the middle of what the paper searched for LLaMA-2 7B.
+# Peak learning rates for --init demo, scratch, and given weights. The first two are the best of the sweeps in the
+# README; nothing was swept for given weights, whose rates are the middle of what the paper searched for LLaMA-2 7B.
 LEARNING_RATES = {
     "full": (2e-3, 3e-3, 3e-5),
     "lora": (2e-2, 3e-3, 2e-4),
@@ -77,7 +78,7 @@ TASKS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -100,7 +101,8 @@ def number(kind, minimum, maximum=math.inf):
             value = math.nan
         if not minimum <= value <= maximum or value == math.inf:
             bounds = f"at least {minimum:g}" + (f" and at most {maximum:g}" if maximum < math.inf else "")
-            raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number, {bounds}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number, {bounds}, not "
+                                             f"{text!r}")
         return value
     return convert
 
@@ -194,7 +196,8 @@ def check(args):
     if args.task == "uuid" and args.batch_size > args.n_pairs:
         raise ValueError(f"--batch_size {args.batch_size} exceeds the {args.n_pairs} pairs of --n_pairs")
     if args.batch_size % (args.accumulate * PROCESSES):
-        raise ValueError(f"--batch_size {args.batch_size} cannot be cut into {args.accumulate} micro-batches for each of {PROCESSES} processes")
+        raise ValueError(f"--batch_size {args.batch_size} cannot be cut into {args.accumulate} micro-batches for each "
+                         f"of {PROCESSES} processes")
     if max(args.warmup_steps, args.full_warmup) >= args.max_steps:
         raise ValueError(f"--warmup_steps and --full_warmup must leave something of --max_steps {args.max_steps}")
     if args.restart_warmup >= args.merge_every and {"relora", "remora"} & set(args.methods):
@@ -210,7 +213,7 @@ def check(args):
                 raise ValueError(f"--{name} means nothing to the operator {operator}")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Device and processes
 
 def say(text):
@@ -230,7 +233,8 @@ def first_process_first():
 
 
 def choose_device(args):
-    """Settle args.device, dtype and compile, and connect the processes; -> a line that says what was chosen, and why."""
+    """Settle args.device, dtype and compile, and connect the processes; -> a line that says what was chosen, and why.
+    """
     chosen = args.device
     if chosen == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
@@ -261,15 +265,16 @@ def choose_device(args):
             + (f", {PROCESSES} processes" if PROCESSES > 1 else ""))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Tasks: what is measured. `data` says what is learned.
 
 
 def uuid_metrics(model, pairs):
     """The accuracy on the values' hex digits, as a fraction, and the fraction of values that are right as a whole.
 
-    A digit is right if it is the likeliest after the key and the true digits before it. Where all 32 are, greedy decoding finds them
-    from the key alone, so exact match means what it says; the accuracy of decoded values is lower, as one wrong digit misleads the next.
+    A digit is right if it is the likeliest after the key and the true digits before it. Where all 32 are, greedy
+    decoding finds them from the key alone, so exact match means what it says; the accuracy of decoded values is lower,
+    as one wrong digit misleads the next.
     """
     right = []
     for tokens in pairs.tokens.split(128):
@@ -280,7 +285,9 @@ def uuid_metrics(model, pairs):
 
 
 def held_out(model, dataset):
-    """On the held-out rows: the mean loss in nats per target, and the fraction of rows in which every target is the likeliest token."""
+    """On the held-out rows: the mean loss in nats per target, and the fraction of rows in which every target is the
+    likeliest token.
+    """
     loss, n_targets, right, n_rows = 0.0, 0, 0, 0
     for idx, targets in dataset.validation():
         (logits, mean), counts = model(idx, targets), targets != -100
@@ -296,13 +303,17 @@ def text_metrics(model, text, old_text=None):
 
 
 def pairs_metrics(model, pairs):
-    """Loss and perplexity on the held-out completions, and the fraction of completions that greedy decoding would get right."""
+    """Loss and perplexity on the held-out completions, and the fraction of completions that greedy decoding would get
+    right.
+    """
     loss, right = held_out(model, pairs)
     return {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "exact_match": right}
 
 
 def load_task(config, tokenizer, context):
-    """-> the data set to learn, and the function that measures a model on it. `context` is the model's longest, in tokens."""
+    """-> the data set to learn, and the function that measures a model on it. `context` is the model's longest, in
+    tokens.
+    """
     if config.task == "uuid":
         dataset = data.UUIDPairs(config.n_pairs, tokenizer, config.batch_size, config.seed, config.device)
         return dataset, functools.partial(uuid_metrics, pairs=dataset)
@@ -310,7 +321,8 @@ def load_task(config, tokenizer, context):
     common = dict(block_size=block_size, batch_size=config.batch_size, seed=config.seed, device=config.device)
     if config.task == "pairs":
         dataset = data.PromptPairs(*data.prompt_pairs(config.data, config.val_data), tokenizer, **common)
-        say(f"{len(dataset.train):,} pairs to learn, {len(dataset.val):,} held out; {dataset.cut} cut to {block_size} tokens, {dataset.dropped} too long to use")
+        say(f"{len(dataset.train):,} pairs to learn, {len(dataset.val):,} held out; {dataset.cut} cut to {block_size} "
+            f"tokens, {dataset.dropped} too long to use")
         return dataset, functools.partial(pairs_metrics, pairs=dataset)
     folder, old_text = Path(config.out_dir, "data"), None
     with first_process_first():
@@ -320,7 +332,8 @@ def load_task(config, tokenizer, context):
             old = data.token_file(data.Documents(config.old_data), tokenizer, folder)
             old_text = data.Text([old], old, val_tokens=config.val_tokens, **common)
     text = data.Text(*files, val_tokens=config.val_tokens, **common)
-    say(f"{sum(map(len, text.train)):,} tokens to learn from, {min(len(text.val) - 1, config.val_tokens):,} to measure on")
+    say(f"{sum(map(len, text.train)):,} tokens to learn from, {min(len(text.val) - 1, config.val_tokens):,} to measure "
+        "on")
     return text, functools.partial(text_metrics, text=text, old_text=old_text)
 
 
@@ -334,7 +347,7 @@ def summary(rows):
     return {title: last[name] * (100 if name == "exact_match" else 1) for name, title in columns.items() if name in last}
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The base model
 
 
@@ -350,7 +363,8 @@ def load_base(args):
         model = GPT.from_pretrained(args.init)
     tokenizer = data.get_tokenizer(args.tokenizer or ("bytes" if model.config.vocab_size == 257 else "gpt2"))
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, and {args.init} knows {model.config.vocab_size}")
+        raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, and {args.init} knows "
+                         f"{model.config.vocab_size}")
     return model, tokenizer
 
 
@@ -379,12 +393,13 @@ def demo_base(args):
         return GPT.from_pretrained(str(folder / "model.pt")), tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Optimizer
 
 
 def make_optimizer(model, config):
-    """AdamW on what trains. The learning rate of a group is the schedule's times its `multiple`: 1, but for B in LoRA+."""
+    """AdamW on what trains. The learning rate of a group is the schedule's times its `multiple`: 1, but for B in LoRA+.
+    """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     fast = [name for name in trainable if config.method == "lora+" and name.endswith(".B")]
     groups = [{"params": [trainable[name] for name in trainable if name not in fast], "multiple": 1.0}]
@@ -394,15 +409,17 @@ def make_optimizer(model, config):
 
 
 def merges_after(step, config):
-    """Whether adapters are merged and reset after this step: every `merge_every` steps in ReLoRA and ReMoRA, but not after the last."""
+    """Whether adapters are merged and reset after this step: every `merge_every` steps in ReLoRA and ReMoRA, but not
+    after the last.
+    """
     return config.method in ("relora", "remora") and (step + 1) % config.merge_every == 0 and step + 1 < config.max_steps
 
 
 def learning_rate(step, config):
     """Linear warm-up to the peak, then the schedule's fall, which would reach 0 at `max_steps`.
 
-    Where adapters start anew, after a merge or a full-rank warm-up, the rate rises once more, over `restart_warmup` steps from 0 back onto
-    that curve: ReLoRA's jagged schedule.
+    Where adapters start anew, after a merge or a full-rank warm-up, the rate rises once more, over `restart_warmup`
+    steps from 0 back onto that curve: ReLoRA's jagged schedule.
     """
     progress = max(0.0, (step - config.warmup_steps) / (config.max_steps - config.warmup_steps))
     fall = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[config.schedule]
@@ -415,12 +432,14 @@ def learning_rate(step, config):
     return config.learning_rate * rise * fall
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
 def train(model, dataset, evaluate, config, folder, first=0, last=None):
-    """Train `model` in place from step `first` to `last`; -> a dict of metrics for every evaluation, the rows of folder/metrics.csv."""
+    """Train `model` in place from step `first` to `last`; -> a dict of metrics for every evaluation, the rows of
+    folder/metrics.csv.
+    """
     kind, last = torch.device(config.device).type, last or config.max_steps
     autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     scaler = torch.amp.GradScaler(kind, enabled=config.dtype == "float16")
@@ -438,15 +457,16 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
     tokens = lap = begin = 0
     with interrupts() as interrupted:
         for step in range(first, last):
-            # Whatever is random in a step follows from (seed, step), so that a resumed run draws what an uninterrupted one draws
+            # Whatever is random in a step follows from (seed, step), so that a resumed run draws what an uninterrupted
+            # one draws
             torch.manual_seed(data.seeded("step", config.seed, step, PROCESS).initial_seed())
             idx, targets = dataset.batch(step)
             rate, n_targets = learning_rate(step, config), (targets != -100).sum()
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["multiple"]
 
-            # Forward and backward. A micro-batch counts by its share of the targets, so the gradient is that of the whole batch,
-            # however it is cut; DDP averages over processes, hence the factor PROCESSES
+            # Forward and backward. A micro-batch counts by its share of the targets, so the gradient is that of the
+            # whole batch, however it is cut; DDP averages over processes, hence the factor PROCESSES
             model.train()
             loss, parts = 0.0, list(zip(idx[PROCESS::PROCESSES].chunk(config.accumulate), targets[PROCESS::PROCESSES].chunk(config.accumulate)))
             for i, (part, part_targets) in enumerate(parts):
@@ -492,7 +512,8 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
                 tokens, lap = 0, time.perf_counter()
             if interrupted:
                 save_checkpoint(folder, step + 1, rows, losses, config, model, optimizer, scaler)
-                raise KeyboardInterrupt(f"stopped after step {step + 1}, which is saved: the same command with --resume goes on from there")
+                raise KeyboardInterrupt(f"stopped after step {step + 1}, which is saved: the same command with "
+                                        "--resume goes on from there")
     return rows
 
 
@@ -503,7 +524,8 @@ def mean_loss(losses, step, folder):
     if len(bad):
         i = int(bad[0])
         saved = f"{folder / 'checkpoint.pt'} holds the last good state" if (folder / "checkpoint.pt").exists() else "nothing was saved before"
-        raise Diverged(f"{folder}: the loss is {losses[i]:g} at step {step - len(losses) + i + 2}: try a lower --learning_rate; {saved}")
+        raise Diverged(f"{folder}: the loss is {losses[i]:g} at step {step - len(losses) + i + 2}: try a lower "
+                       f"--learning_rate; {saved}")
     return losses.mean().item()
 
 
@@ -519,7 +541,9 @@ def show(metrics):
 
 @contextlib.contextmanager
 def interrupts():
-    """In this block SIGINT and SIGTERM only fill the list that it gives, so that a step can end; a second signal does not wait."""
+    """In this block SIGINT and SIGTERM only fill the list that it gives, so that a step can end; a second signal does
+    not wait.
+    """
     received = []
 
     def note(number, frame):
@@ -535,12 +559,14 @@ def interrupts():
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Files
 
 
 def write(path, save):
-    """Let `save` write a file under a temporary name, so that `path` never stands for half a file. One process writes for all."""
+    """Let `save` write a file under a temporary name, so that `path` never stands for half a file. One process writes
+    for all.
+    """
     if PROCESS:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -571,7 +597,9 @@ def write_csv(path, rows):
 
 
 def load_checkpoint(path, config, model, optimizer, scaler):
-    """Restore a run; -> the number of steps done, the rows so far and the losses since. ValueError if its settings were others."""
+    """Restore a run; -> the number of steps done, the rows so far and the losses since. ValueError if its settings were
+    others.
+    """
     try:
         state = torch.load(path, map_location=config.device, weights_only=True)
         saved, step, rows, losses = (state[name] for name in ("config", "step", "rows", "losses"))
@@ -594,15 +622,17 @@ def check_same(path, saved, config):
         del now["max_steps"]  # only where the schedule's beginning does not depend on its end can a run be prolonged
     others = [f"--{name} {saved.get(name)} instead of {value}" for name, value in now.items() if saved.get(name) != value]
     if others:
-        raise ValueError(f"{path} was made with {', '.join(others)}: --resume needs the same settings, or another --out_dir")
+        raise ValueError(f"{path} was made with {', '.join(others)}: --resume needs the same settings, or another "
+                         "--out_dir")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Runs
 
 
 def runs(args):
-    """A configuration for every combination of the options that take several values, as far as they concern the method."""
+    """A configuration for every combination of the options that take several values, as far as they concern the method.
+    """
     for method in args.methods:
         is_mora = mora.METHODS.get(method) is mora.MoRALinear
         for rank, operator in itertools.product(args.rank if method != "full" else [None], args.operator if is_mora else [None]):
@@ -642,7 +672,9 @@ def adapt(model, config):
 
 
 def run(config, base, tokenizer):
-    """Train a copy of `base` by one method with one seed, and write results.json and adapter.pt; -> what results.json holds."""
+    """Train a copy of `base` by one method with one seed, and write results.json and adapter.pt; -> what results.json
+    holds.
+    """
     folder = Path(config.out_dir, "-".join([config.task, *label(config).split(), f"lr{config.learning_rate:g}", f"seed{config.seed}"]))
     if config.resume and (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text())
@@ -669,7 +701,8 @@ def run(config, base, tokenizer):
     own = sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
     sizes = [adapter.operator.size for adapter in adapters] if config.operator else []
     size = "-".join(str(side) for side in sorted({min(sizes), max(sizes)})) if sizes else None
-    say(f"{trainable:,} of {total:,} parameters train" + (f", {own:,} of them in adapters" if adapters else "") + (f", r̂ = {size}" if size else ""))
+    say(f"{trainable:,} of {total:,} parameters train" + (f", {own:,} of them in adapters" if adapters else "") + (f", "
+        f"r̂ = {size}" if size else ""))
     check_start(model, start, dataset, evaluate)
 
     rows = train(model, dataset, evaluate, config, folder, first)
@@ -703,10 +736,11 @@ def check_start(model, start, dataset, evaluate):
 
 @torch.no_grad()
 def update_spectra(model, base):
-    """What training added to the linear layers, over all merges: for each kind of layer, statistics of the update's singular values.
+    """What training added to the linear layers, over all merges: for each kind of layer, statistics of the update's
+    singular values.
 
-    Means over the layers of a kind: rank, the count above 0.1 (the paper's Figure 5), the effective rank, exp of the entropy of the
-    singular values' shares, the stable rank, Σ s² / max s², and the values themselves.
+    Means over the layers of a kind: rank, the count above 0.1 (the paper's Figure 5), the effective rank, exp of the
+    entropy of the singular values' shares, the stable rank, Σ s² / max s², and the values themselves.
     """
     kinds = collections.defaultdict(list)
     for name, layer in base.named_modules():
@@ -728,7 +762,7 @@ def update_spectra(model, base):
     return spectra
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Results
 
 
@@ -820,7 +854,8 @@ def main(argv=None):
             say(f"{args.n_pairs} pairs to memorize; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")
         mora.find_targets(base, args.targets)  # a wrong name is found before, not between, the runs
         if (args.block_size or 0) > base.config.block_size:
-            raise ValueError(f"--block_size {args.block_size} exceeds the context of {args.init}, {base.config.block_size} tokens")
+            raise ValueError(f"--block_size {args.block_size} exceeds the context of {args.init}, "
+                             f"{base.config.block_size} tokens")
         for config in runs(args):
             try:
                 results.append(run(config, base, tokenizer))
