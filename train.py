@@ -1,6 +1,6 @@
 """Train a GPT in full, with LoRA and its relatives, or with MoRA and ReMoRA, in one plain loop.
 
-    python train.py                             the demo: memorize UUID pairs on a laptop, in minutes, without a download
+    python train.py                             the demo: memorize UUID pairs on a laptop, in minutes, no download
     python train.py uuid --methods lora mora --operator sharing rotation --rank 2 8 --seed 0 1 2
     python train.py c4 --methods full relora remora --groups cycle random
     python train.py text --data articles.jsonl --init gpt2 --methods full lora mora
@@ -67,12 +67,13 @@ def own_rate(method, operator, init):
 
 
 DEMO_SIZE = PRESETS["demo"]
-DEMO_BASE = dict(text_size=4_000_000, seed=0, max_steps=300, batch_size=32, learning_rate=3e-3, schedule="linear", warmup_steps=20, weight_decay=0.0,
-                 grad_clip=1.0)
+DEMO_BASE = dict(text_size=4_000_000, seed=0, max_steps=300, batch_size=32, learning_rate=3e-3, schedule="linear",
+                 warmup_steps=20, weight_decay=0.0, grad_clip=1.0)
 TASKS = {
-    "uuid": dict(methods=["full", "lora", "mora"], rank=[2], operator=["rotation"], init="demo", max_steps=500, schedule="linear"),
-    "c4": dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], operator=["sharing"], init="scratch", max_steps=600,
-               schedule="cosine"),
+    "uuid": dict(methods=["full", "lora", "mora"], rank=[2], operator=["rotation"], init="demo", max_steps=500,
+                 schedule="linear"),
+    "c4": dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], operator=["sharing"], init="scratch",
+               max_steps=600, schedule="cosine"),
     "text": dict(methods=["mora"], rank=[8], operator=["rotation"], init="scratch", max_steps=1000, schedule="cosine"),
     "pairs": dict(methods=["mora"], rank=[8], operator=["rotation"], init="scratch", max_steps=1000, schedule="cosine"),
 }
@@ -130,7 +131,7 @@ def parse_args(argv=None):
     add("--merge_every", type=number(int, 1), metavar="N", help="steps between the merges of relora and remora (default: a fifth of max_steps)")
     add("--restart_warmup", type=number(int, 0), metavar="N", help="steps over which the learning rate rises again after a merge (default: "
         "a hundredth of max_steps)")
-    add("--full_warmup", type=number(int, 0), default=0, metavar="N", help="steps in which all weights train before the adapters begin")
+    add("--full_warmup", type=number(int, 0), default=0, metavar="N", help="steps in which all weights train, at the rate of full, before the adapters begin")
 
     add = parser.add_argument_group("model and data").add_argument
     add("--init", help="initial weights: demo (a small base, pretrained once), scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a file "
@@ -260,9 +261,10 @@ def choose_device(args):
     args.device, args.device_name = chosen, name
     args.compile = kind == "cuda" if args.compile is None else args.compile
     if PROCESSES > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))  # for the first to prepare data
-    return (f"device: {chosen} ({why}), {args.dtype} ({why_dtype}), {'compiled' if args.compile else 'not compiled'}, torch {torch.__version__}"
-            + (f", {PROCESSES} processes" if PROCESSES > 1 else ""))
+        patience = datetime.timedelta(hours=2)  # the first process may have data to prepare
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience)
+    return (f"device: {chosen} ({why}), {args.dtype} ({why_dtype}), {'compiled' if args.compile else 'not compiled'}, "
+            f"torch {torch.__version__}" + (f", {PROCESSES} processes" if PROCESSES > 1 else ""))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,7 +283,8 @@ def uuid_metrics(model, pairs):
         answer = tokens[:, -data.UUID_LENGTH:]
         right.append(model(tokens[:, :-1], answer)[0].argmax(-1) == answer)
     right = torch.cat(right)  # (n_pairs, 36)
-    return {"char_accuracy": right[:, data.HEX_POSITIONS].float().mean().item(), "exact_match": right.all(dim=1).float().mean().item()}
+    digits = right[:, data.HEX_POSITIONS]  # (n_pairs, 32)
+    return {"char_accuracy": digits.float().mean().item(), "exact_match": right.all(dim=1).float().mean().item()}
 
 
 def held_out(model, dataset):
@@ -291,15 +294,20 @@ def held_out(model, dataset):
     loss, n_targets, right, n_rows = 0.0, 0, 0, 0
     for idx, targets in dataset.validation():
         (logits, mean), counts = model(idx, targets), targets != -100
-        loss, n_targets = loss + mean.item() * counts.sum().item(), n_targets + counts.sum().item()
-        right, n_rows = right + ((logits.argmax(-1) == targets) | ~counts).all(dim=1).sum().item(), n_rows + len(targets)
+        loss += mean.item() * counts.sum().item()
+        n_targets += counts.sum().item()
+        right += ((logits.argmax(-1) == targets) | ~counts).all(dim=1).sum().item()
+        n_rows += len(targets)
     return loss / n_targets, right / n_rows
 
 
 def text_metrics(model, text, old_text=None):
     """Loss and perplexity on the held-out text; and the loss on a text learned earlier, if there is one."""
     loss, _ = held_out(model, text)
-    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700))} | ({"old_loss": held_out(model, old_text)[0]} if old_text else {})
+    metrics = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    if old_text:
+        metrics["old_loss"], _ = held_out(model, old_text)
+    return metrics
 
 
 def pairs_metrics(model, pairs):
@@ -342,9 +350,10 @@ def summary(rows):
     last = rows[-1]
     if "char_accuracy" in last:
         moments = [rows[math.ceil(len(rows) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
-        return {f"step {row['step']}": 100 * row["char_accuracy"] for row in moments} | {"exact": 100 * last["exact_match"]}
-    columns = {"val_loss": "val loss", "perplexity": "perplexity", "old_loss": "old loss", "exact_match": "exact"}
-    return {title: last[name] * (100 if name == "exact_match" else 1) for name, title in columns.items() if name in last}
+        columns = {f"step {row['step']}": 100 * row["char_accuracy"] for row in moments}
+        return columns | {"exact": 100 * last["exact_match"]}
+    columns = {name.replace("_", " "): last[name] for name in ("val_loss", "perplexity", "old_loss") if name in last}
+    return columns | ({"exact": 100 * last["exact_match"]} if "exact_match" in last else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,7 +385,7 @@ def size_of(args):
 def demo_base(args):
     """The demo's base and its tokenizer; if out_dir does not hold the base, it is pretrained first."""
     size, tokenizer = size_of(args), data.get_tokenizer("bytes")
-    identity = json.dumps([size, DEMO_BASE, args.dtype, sys.version_info[:2]])  # the library's text changes with Python's version
+    identity = json.dumps([size, DEMO_BASE, args.dtype, sys.version_info[:2]])  # each Python has another library
     folder = Path(args.out_dir, f"base-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
     if not (folder / "model.pt").exists():
         say("pretraining the demo's base, once: half Python's standard library, half random pairs")
@@ -405,14 +414,16 @@ def make_optimizer(model, config):
     groups = [{"params": [trainable[name] for name in trainable if name not in fast], "multiple": 1.0}]
     if fast:
         groups.append({"params": [trainable[name] for name in fast], "multiple": config.lora_plus_ratio})
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=torch.device(config.device).type == "cuda")
+    fused = torch.device(config.device).type == "cuda"
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=fused)
 
 
 def merges_after(step, config):
     """Whether adapters are merged and reset after this step: every `merge_every` steps in ReLoRA and ReMoRA, but not
     after the last.
     """
-    return config.method in ("relora", "remora") and (step + 1) % config.merge_every == 0 and step + 1 < config.max_steps
+    restarts = config.method in ("relora", "remora")
+    return restarts and (step + 1) % config.merge_every == 0 and step + 1 < config.max_steps
 
 
 def learning_rate(step, config):
@@ -468,7 +479,9 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
             # Forward and backward. A micro-batch counts by its share of the targets, so the gradient is that of the
             # whole batch, however it is cut; DDP averages over processes, hence the factor PROCESSES
             model.train()
-            loss, parts = 0.0, list(zip(idx[PROCESS::PROCESSES].chunk(config.accumulate), targets[PROCESS::PROCESSES].chunk(config.accumulate)))
+            own = slice(PROCESS, None, PROCESSES)  # of the batch's rows
+            parts = list(zip(idx[own].chunk(config.accumulate), targets[own].chunk(config.accumulate)))
+            loss = 0.0
             for i, (part, part_targets) in enumerate(parts):
                 with contextlib.nullcontext() if PROCESSES == 1 or i == len(parts) - 1 else parallel.no_sync():
                     with autocast:
@@ -503,11 +516,12 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
                 loss, speed = mean_loss(losses, step, folder), tokens / (time.perf_counter() - lap)
                 with torch.no_grad(), autocast:
                     metrics = evaluate(model.eval())
-                rows.append({"step": step + 1, "loss": loss, "learning_rate": rate, "tokens_per_second": speed} | metrics)
+                rows.append(dict(step=step + 1, loss=loss, learning_rate=rate, tokens_per_second=speed, **metrics))
                 losses = []
                 save_checkpoint(folder, step + 1, rows, losses, config, model, optimizer, scaler)
                 left = (time.perf_counter() - begin) / max(1, step - first) * (last - step - 1)
-                say(f"step {step + 1:>{len(str(config.max_steps))}}/{config.max_steps}  loss {loss:.4f}  {show(metrics)}  "
+                width = len(str(config.max_steps))
+                say(f"step {step + 1:{width}}/{config.max_steps}  loss {loss:.4f}  {show(metrics)}  "
                     f"{speed:,.0f} tokens/s  {left:.0f} s left")
                 tokens, lap = 0, time.perf_counter()
             if interrupted:
@@ -523,7 +537,8 @@ def mean_loss(losses, step, folder):
     bad = (~losses.isfinite()).nonzero().flatten()
     if len(bad):
         i = int(bad[0])
-        saved = f"{folder / 'checkpoint.pt'} holds the last good state" if (folder / "checkpoint.pt").exists() else "nothing was saved before"
+        checkpoint = folder / "checkpoint.pt"
+        saved = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved before"
         raise Diverged(f"{folder}: the loss is {losses[i]:g} at step {step - len(losses) + i + 2}: try a lower "
                        f"--learning_rate; {saved}")
     return losses.mean().item()
@@ -535,8 +550,8 @@ class Diverged(ValueError):
 
 def show(metrics):
     """Metrics as people read them."""
-    fractions = ("char_accuracy", "exact_match")
-    return "  ".join(f"{name.replace('_', ' ')} " + (f"{value:.1%}" if name in fractions else f"{value:.4f}") for name, value in metrics.items())
+    forms = {"char_accuracy": ".1%", "exact_match": ".1%"}
+    return "  ".join(f"{name.replace('_', ' ')} {value:{forms.get(name, '.4f')}}" for name, value in metrics.items())
 
 
 @contextlib.contextmanager
@@ -582,8 +597,8 @@ def write(path, save):
 
 def save_checkpoint(folder, step, rows, losses, config, model, optimizer, scaler):
     """Write checkpoint.pt, all that resuming needs, and metrics.csv."""
-    state = dict(step=step, rows=rows, losses=losses, config=vars(config), model=model.state_dict(), optimizer=optimizer.state_dict(),
-                 scaler=scaler.state_dict())
+    state = dict(step=step, rows=rows, losses=losses, config=vars(config), model=model.state_dict(),
+                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
     if rows:
         write(folder / "metrics.csv", lambda path: write_csv(path, rows))
@@ -620,7 +635,8 @@ def check_same(path, saved, config):
     now = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
     if config.schedule == "constant" and saved.get("max_steps", 0) <= config.max_steps:
         del now["max_steps"]  # only where the schedule's beginning does not depend on its end can a run be prolonged
-    others = [f"--{name} {saved.get(name)} instead of {value}" for name, value in now.items() if saved.get(name) != value]
+    others = [f"--{name} {saved.get(name)} instead of {value}" for name, value in now.items()
+              if saved.get(name) != value]
     if others:
         raise ValueError(f"{path} was made with {', '.join(others)}: --resume needs the same settings, or another "
                          "--out_dir")
@@ -635,18 +651,21 @@ def runs(args):
     """
     for method in args.methods:
         is_mora = mora.METHODS.get(method) is mora.MoRALinear
-        for rank, operator in itertools.product(args.rank if method != "full" else [None], args.operator if is_mora else [None]):
-            own_groups = ["random" if method == "remora" else "strided"]
-            for groups in (args.groups or own_groups) if operator == "sharing" else [None]:
-                for rate, seed in itertools.product(args.learning_rate or [own_rate(method, operator, args.init)], args.seed):
-                    single = dict(method=method, rank=rank, operator=operator, groups=groups, learning_rate=rate, seed=seed)
-                    config = argparse.Namespace(**vars(args) | single)
-                    config.fold = args.fold and operator is not None
-                    if method not in ("relora", "remora"):
-                        config.merge_every = None
-                        config.restart_warmup = args.restart_warmup if args.full_warmup else None
-                    del config.methods
-                    yield config
+        ranks = args.rank if method != "full" else [None]
+        operators = args.operator if is_mora else [None]
+        for rank, operator in itertools.product(ranks, operators):
+            own_groups = args.groups or ["random" if method == "remora" else "strided"]
+            all_groups = own_groups if operator == "sharing" else [None]
+            rates = args.learning_rate or [own_rate(method, operator, args.init)]
+            for groups, rate, seed in itertools.product(all_groups, rates, args.seed):
+                config = argparse.Namespace(**vars(args))
+                config.method, config.rank, config.operator, config.groups = method, rank, operator, groups
+                config.learning_rate, config.seed, config.fold = rate, seed, args.fold and is_mora
+                if method not in ("relora", "remora"):
+                    config.merge_every = None
+                    config.restart_warmup = args.restart_warmup if args.full_warmup else None
+                del config.methods
+                yield config
 
 
 def label(config):
@@ -662,7 +681,8 @@ def adapt(model, config):
         return model
     names = mora.OPERATORS[config.operator].options if config.operator else ("alpha", "rslora")
     options = {name: getattr(config, name) for name in names}
-    mora.add_adapters(model, config.method, config.rank, config.operator, config.targets, dropout=config.dropout, **options)
+    options["dropout"] = config.dropout
+    mora.add_adapters(model, config.method, config.rank, config.operator, config.targets, **options)
     if config.init == "scratch":  # only linear layers can stay at random values: norms, embeddings and head learn
         for module in model.modules():
             if not isinstance(module, (torch.nn.Linear, mora.Adapter)):
@@ -675,7 +695,8 @@ def run(config, base, tokenizer):
     """Train a copy of `base` by one method with one seed, and write results.json and adapter.pt; -> what results.json
     holds.
     """
-    folder = Path(config.out_dir, "-".join([config.task, *label(config).split(), f"lr{config.learning_rate:g}", f"seed{config.seed}"]))
+    parts = [config.task, *label(config).split(), f"lr{config.learning_rate:g}", f"seed{config.seed}"]
+    folder = Path(config.out_dir, "-".join(parts))
     if config.resume and (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text())
         check_same(folder / "results.json", results["config"], config)
@@ -691,7 +712,8 @@ def run(config, base, tokenizer):
     start, begin, first = base, time.perf_counter(), 0
     if config.full_warmup and config.method != "full":
         start, first = copy.deepcopy(base), config.full_warmup
-        warmup = argparse.Namespace(**vars(config) | dict(method="full", learning_rate=own_rate("full", None, config.init)))
+        warmup = argparse.Namespace(**vars(config))
+        warmup.method, warmup.learning_rate = "full", own_rate("full", None, config.init)
         train(start, dataset, evaluate, warmup, folder / "full_warmup", last=first)
     torch.manual_seed(config.seed)  # for the adapters' random numbers
     model = adapt(copy.deepcopy(start), config)
@@ -707,10 +729,11 @@ def run(config, base, tokenizer):
 
     rows = train(model, dataset, evaluate, config, folder, first)
     spectra = update_spectra(model, base)
-    results = {"label": label(config), "method": config.method, "rank": config.rank, "operator": config.operator, "seed": config.seed, "size": size,
-               "trainable_parameters": trainable, "adapter_parameters": own, "total_parameters": total,
-               "steps": config.max_steps, "seconds": time.perf_counter() - begin, "metrics": rows[-1], "rows": rows,
-               "summary": summary(rows), "spectra": spectra, "config": vars(config), "torch": torch.__version__, "device": config.device_name}
+    results = dict(
+        label=label(config), method=config.method, rank=config.rank, operator=config.operator, seed=config.seed,
+        size=size, trainable_parameters=trainable, adapter_parameters=own, total_parameters=total,
+        steps=config.max_steps, seconds=time.perf_counter() - begin, metrics=rows[-1], rows=rows, summary=summary(rows),
+        spectra=spectra, config=vars(config), torch=torch.__version__, device=config.device_name)
     if config.task == "uuid":
         keys = dataset.tokens[:3, :data.UUID_LENGTH + 1]  # with the colon
         answers = model.eval().generate(keys, data.UUID_LENGTH)[:, data.UUID_LENGTH + 1:]
@@ -756,7 +779,8 @@ def update_spectra(model, base):
         noise = values[:, :1] * max(base.get_submodule(f"h.0.{kind}").weight.shape) * torch.finfo(values.dtype).eps
         share = values / values.sum(1, keepdim=True)
         measures = {"rank": (values > noise).sum(1), "above 0.1": (values > 0.1).sum(1),
-                    "effective rank": torch.special.entr(share).sum(1).exp(), "stable rank": (values / values[:, :1]).square().sum(1)}
+                    "effective rank": torch.special.entr(share).sum(1).exp(),
+                    "stable rank": (values / values[:, :1]).square().sum(1)}
         spectra[kind] = {name: value.float().mean().item() for name, value in measures.items()}
         spectra[kind]["values"] = [float(f"{value:.4g}") for value in values.mean(0).tolist()]
     return spectra
@@ -768,7 +792,8 @@ def update_spectra(model, base):
 
 def over_seeds(values, digits=1):
     """The mean, and the standard deviation if there are several."""
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def markdown(rows):
@@ -776,7 +801,8 @@ def markdown(rows):
     keys = dict.fromkeys(key for row in rows for key in row)
     widths = {key: max(len(row.get(key, "-")) for row in [{key: key}, *rows]) for key in keys}
     lines = [{key: key for key in keys}, {key: "-" * width for key, width in widths.items()}, *rows]
-    return "\n".join("| " + " | ".join(line.get(key, "-").ljust(width) for key, width in widths.items()) + " |" for line in lines)
+    cells = [[line.get(key, "-").ljust(width) for key, width in widths.items()] for line in lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def results_table(results):
@@ -786,12 +812,17 @@ def results_table(results):
         settings[result["label"], result["config"]["learning_rate"]].append(result)
     rows = []
     for (name, rate), group in settings.items():
-        ranks = [statistics.mean(kind["rank"] for kind in result["spectra"].values()) for result in group if result["spectra"]]
-        digits = 1 if "exact" in group[0]["summary"] else 3
-        rows.append({"method": name, "r̂": group[0]["size"] or "-",
-                     "parameters": f"{group[0]['adapter_parameters'] or group[0]['trainable_parameters']:,}", "peak rate": f"{rate:g}"}
-                    | {key: over_seeds([result["summary"][key] for result in group if key in result["summary"]], digits) for key in group[0]["summary"]}
-                    | {"rank of ΔW": over_seeds(ranks, 0) if ranks else "-", "seconds": over_seeds([result["seconds"] for result in group], 0).split()[0]})
+        first = group[0]
+        ranks = [statistics.mean(kind["rank"] for kind in result["spectra"].values())
+                 for result in group if result["spectra"]]
+        row = {"method": name, "r̂": first["size"] or "-", "peak rate": f"{rate:g}",
+               "parameters": f"{first['adapter_parameters'] or first['trainable_parameters']:,}"}
+        for key in first["summary"]:
+            values = [result["summary"][key] for result in group if key in result["summary"]]
+            row[key] = over_seeds(values, 1 if "exact" in first["summary"] else 3)
+        row["rank of ΔW"] = over_seeds(ranks, 0) if ranks else "-"
+        row["seconds"] = f"{statistics.mean(result['seconds'] for result in group):.0f}"
+        rows.append(row)
     return markdown(rows)
 
 
@@ -834,10 +865,11 @@ def show_completions(results, pairs):
 
 NEXT = """
 Next, for example:
-  python train.py --methods mora --operator truncation sharing decoupling rotation           the four operators
-  python train.py --rank 1 8                                                                 a smaller and a larger budget
-  python train.py --seed 0 1 2                                                               the spread over seeds
-  python train.py --init gpt2 --rank 8 --n_pairs 10000 --batch_size 1000 --max_steps 1000    the paper's setting, on a GPU"""
+  python train.py --methods mora --operator truncation sharing decoupling rotation     the four operators
+  python train.py --rank 1 8                                                           a smaller and a larger budget
+  python train.py --seed 0 1 2                                                         the spread over seeds
+  python train.py --init gpt2 --n_pairs 10000 --batch_size 1000 --max_steps 1000 --rank 8
+                                                                                       the paper's setting, on a GPU"""
 
 
 def main(argv=None):
@@ -875,7 +907,8 @@ def main(argv=None):
         status = 130
     else:
         if args.task == "uuid":
-            show_completions([result for result in results if result["seed"] == args.seed[0]], data.uuid_pairs(args.n_pairs, args.seed[0])[:3])
+            first = [result for result in results if result["seed"] == args.seed[0]]
+            show_completions(first, data.uuid_pairs(3, args.seed[0])[:args.n_pairs])
         if not argv:
             say(NEXT)
     finally:
