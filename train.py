@@ -110,11 +110,13 @@ def number(kind, minimum, maximum=math.inf):
 
 def parse_args(argv=None):
     """The settings as a namespace. Wrong ones end the program with one line and exit status 2."""
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    parser.add_argument("task", nargs="?", default="uuid", choices=TASKS, help="uuid: memorize pairs of random UUIDs. c4: pretrain on C4. "
-                        "text: pretrain on --data. pairs: learn the completions of the prompts in --data")
+    parser = Parser(usage=f"train.py [{' | '.join(TASKS)}] [options]", description=__doc__.split("\n")[0],
+                    formatter_class=HelpFormatter)
+    parser.add_argument("task", nargs="?", default="uuid", choices=TASKS, help="uuid: memorize pairs of random UUIDs. "
+                        "c4: pretrain on C4. text: pretrain on --data. pairs: learn the completions of --data's prompts")
 
-    add = parser.add_argument_group("method (an option that takes several values makes a run of each combination)").add_argument
+    several = "an option that takes several values makes a run of each combination"
+    add = parser.add_argument_group(f"method ({several})").add_argument
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"among {', '.join(METHODS)} (default: full lora mora for uuid, "
         "full lora relora mora remora for c4, else mora)")
     add("--rank", nargs="+", type=number(int, 1), metavar="R", help="LoRA's rank; MoRA's matrix gets as many parameters (default: uuid 2, c4 4, else 8)")
@@ -728,7 +730,8 @@ def run(config, base, tokenizer):
     check_start(model, start, dataset, evaluate)
 
     rows = train(model, dataset, evaluate, config, folder, first)
-    spectra = update_spectra(model, base)
+    quick = base.config.n_embd <= 512 or torch.device(config.device).type == "cuda"  # GPT-2's take minutes on a CPU
+    spectra = update_spectra(model, base) if quick or config.spectrum else {}
     results = dict(
         label=label(config), method=config.method, rank=config.rank, operator=config.operator, seed=config.seed,
         size=size, trainable_parameters=trainable, adapter_parameters=own, total_parameters=total,
@@ -868,7 +871,7 @@ Next, for example:
   python train.py --methods mora --operator truncation sharing decoupling rotation     the four operators
   python train.py --rank 1 8                                                           a smaller and a larger budget
   python train.py --seed 0 1 2                                                         the spread over seeds
-  python train.py --init gpt2 --n_pairs 10000 --batch_size 1000 --max_steps 1000 --rank 8
+  python train.py --init gpt2 --rank 8 --n_pairs 10000 --batch_size 1000 --max_steps 1000
                                                                                        the paper's setting, on a GPU"""
 
 
