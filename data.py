@@ -35,8 +35,7 @@ import torch
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """"gpt2": GPT-2's 50,257 tokens, whose files tiktoken downloads once. "bytes": the 256 bytes and an end token, made
-    right here.
+    """"gpt2": GPT-2's 50,257 tokens, from files that tiktoken downloads once. "bytes": the 256 bytes and an end token.
     """
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
@@ -47,7 +46,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken lets the exceptions of its HTTP library through
         raise ValueError("GPT-2's tokenizer files could not be fetched: connect to the network once, or point "
-                         f"TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bytes ({type(error).__name__})") from error
+                         "TIKTOKEN_CACHE_DIR to a folder that has them, or use --tokenizer bytes "
+                         f"({type(error).__name__})") from error
 
 
 def seeded(*key) -> torch.Generator:

@@ -112,8 +112,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """(B, T) token ids -> logits (B, T, vocab_size) and None; with `targets`, the mean cross entropy in nats as
-        well.
+        """(B, T) token ids -> logits (B, T, vocab_size), and with `targets` the mean cross entropy in nats, else None.
 
         Targets (B, t) with t < T belong to the last t positions: logits (B, t, vocab_size) are computed for these only,
         which spares the vocabulary's softmax for a prompt. A target of -100 is left out of the mean.
@@ -126,11 +125,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=0.0, top_k=None, generator=None):
-        """Append `max_new_tokens` tokens to idx (B, T): the likeliest ones at temperature 0, else sampled, among the
-        `top_k` likeliest.
+        """Append tokens to idx (B, T): the likeliest at temperature 0, else drawn from the `top_k` likeliest.
 
-        Past the context length the model sees the last `block_size` tokens. Dropout is as the model's mode says: call
-        eval() first.
+        Past the context length the model sees the last `block_size` tokens. Call eval() first if there is dropout.
         """
         for _ in range(max_new_tokens):
             x = self.features(idx[:, -self.config.block_size:])[:, -1]  # (B, C)

@@ -322,9 +322,7 @@ def pairs_metrics(model, pairs):
 
 
 def load_task(config, tokenizer, context):
-    """-> the data set to learn, and the function that measures a model on it. `context` is the model's longest, in
-    tokens.
-    """
+    """-> the data set to learn, and the function that measures a model on it. `context` is the model's, in tokens."""
     if config.task == "uuid":
         dataset = data.UUIDPairs(config.n_pairs, tokenizer, config.batch_size, config.seed, config.device)
         return dataset, functools.partial(uuid_metrics, pairs=dataset)
@@ -343,8 +341,8 @@ def load_task(config, tokenizer, context):
             old = data.token_file(data.Documents(config.old_data), tokenizer, folder)
             old_text = data.Text([old], old, val_tokens=config.val_tokens, **common)
     text = data.Text(*files, val_tokens=config.val_tokens, **common)
-    say(f"{sum(map(len, text.train)):,} tokens to learn from, {min(len(text.val) - 1, config.val_tokens):,} to measure "
-        "on")
+    measured = min(len(text.val) - 1, config.val_tokens)
+    say(f"{sum(map(len, text.train)):,} tokens to learn from, {measured:,} to measure on")
     return text, functools.partial(text_metrics, text=text, old_text=old_text)
 
 
@@ -451,9 +449,7 @@ def learning_rate(step, config):
 
 
 def train(model, dataset, evaluate, config, folder, first=0, last=None):
-    """Train `model` in place from step `first` to `last`; -> a dict of metrics for every evaluation, the rows of
-    folder/metrics.csv.
-    """
+    """Train `model` in place from step `first` to `last`; -> the rows of folder/metrics.csv, one an evaluation."""
     kind, last = torch.device(config.device).type, last or config.max_steps
     autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     scaler = torch.amp.GradScaler(kind, enabled=config.dtype == "float16")
@@ -695,9 +691,7 @@ def adapt(model, config):
 
 
 def run(config, base, tokenizer):
-    """Train a copy of `base` by one method with one seed, and write results.json and adapter.pt; -> what results.json
-    holds.
-    """
+    """Train a copy of `base` by one method with one seed; -> what its results.json holds."""
     parts = [config.task, *label(config).split(), f"lr{config.learning_rate:g}", f"seed{config.seed}"]
     folder = Path(config.out_dir, "-".join(parts))
     if config.resume and (folder / "results.json").exists():
@@ -726,8 +720,8 @@ def run(config, base, tokenizer):
     own = sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
     sizes = [adapter.operator.size for adapter in adapters] if config.operator else []
     size = "-".join(str(side) for side in sorted({min(sizes), max(sizes)})) if sizes else None
-    say(f"{trainable:,} of {total:,} parameters train" + (f", {own:,} of them in adapters" if adapters else "") + (f", "
-        f"r̂ = {size}" if size else ""))
+    say(f"{trainable:,} of {total:,} parameters train" + (f", {own:,} of them in adapters" if adapters else "")
+        + (f", r̂ = {size}" if size else ""))
     check_start(model, start, dataset, evaluate)
 
     rows = train(model, dataset, evaluate, config, folder, first)
@@ -763,11 +757,10 @@ def check_start(model, start, dataset, evaluate):
 
 @torch.no_grad()
 def update_spectra(model, base):
-    """What training added to the linear layers, over all merges: for each kind of layer, statistics of the update's
-    singular values.
+    """The singular values s of what training added to the linear layers, over all merges, by kind of layer.
 
-    Means over the layers of a kind: rank, the count above 0.1 (the paper's Figure 5), the effective rank, exp of the
-    entropy of the singular values' shares, the stable rank, Σ s² / max s², and the values themselves.
+    Means over the layers of a kind: rank, the count above 0.1 (the paper's Figure 5), effective rank (exp of the
+    entropy of s / Σ s), stable rank (Σ s² / max s²), and the values themselves.
     """
     kinds = collections.defaultdict(list)
     for name, layer in base.named_modules():
@@ -877,6 +870,7 @@ Next, for example:
 
 
 def main(argv=None):
+    """Run the command line: all runs, then the table. Ends with status 0, 2 for wrong input, 130 if stopped."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     results, status = [], 0
@@ -900,7 +894,7 @@ def main(argv=None):
                 status = 2
         if results:
             say("\n" + results_table(results))
-        if args.spectrum and results:
+        if args.spectrum and any(result["spectra"] for result in results):
             say("\n" + spectrum_table(results))
             draw_spectra(results, Path(args.out_dir, f"{args.task}-spectra.png"))
     except (ValueError, OSError) as error:

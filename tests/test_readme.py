@@ -12,7 +12,7 @@ import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"(?:python|torchrun[^\n`]*?) train\.py[^\n`#|&]*", README)))
+COMMANDS = sorted(set(re.findall(r"(?:python|torchrun[^\n`]*?) train\.py[^\n`#|&\\]*", README)))
 
 
 @pytest.mark.parametrize("code, file, line", re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README))
