@@ -337,16 +337,42 @@ class Own(mora.Operator):
 
 
 @pytest.mark.parametrize("base", [Own, *OPERATORS.values()])
-def test_an_operator_without_a_true_short_cut_does_without(base, monkeypatch):
+@pytest.mark.parametrize("k, d", [(13, 20), (20, 13)])
+@pytest.mark.parametrize("method", ["decompress", "gather"])
+def test_an_operator_without_a_true_short_cut_does_without(method, k, d, base, monkeypatch):
     class Changed(base):
-        def decompress(self, z):
-            return 3 * super().decompress(z)
+        pass
 
+    def thrice(self, z):  # for layers of this sort only
+        return getattr(base, method)(self, z) * (3 if (self.in_features < self.out_features) == (k < d) else 1)
+
+    setattr(Changed, method, thrice)
     monkeypatch.setitem(OPERATORS, "changed", Changed)
-    (_, layer), x = adapted(13, 20, operator="changed"), randn(30, 13)
-    expected = 3 * base.decompress(layer.operator, layer.operator.compress(x) @ layer.M.T)
-    assert_close(layer(x) - layer.linear(x), expected, "the update is what compress and decompress say")
-    assert_close(layer.merge()(x), layer(x), "merge()")
+    (_, layer), x = adapted(k, d, operator="changed"), randn(30, k)
+    z = layer.operator.compress(x) @ layer.M.T
+    y = layer(x)
+    assert "MergedProduct" not in y.grad_fn.name()
+    assert_close(y - layer.linear(x), layer.operator.decompress(z), "the update is what compress and decompress say")
+    assert_close(layer.merge()(x), y, "merge()")
+
+
+def test_short_cut_is_for_many_tokens_and_first_gradients():
+    _, layer = adapted(40, 40)
+    assert "MergedProduct" not in layer(randn(3, 40)).grad_fn.name(), "building W0 + ΔW is not worth it for three tokens"
+    x = randn(30, 40).requires_grad_()
+    grad, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("operator", ["truncation", "sharing", "decoupling"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_cut_rounds_once_as_merging_does(autocast, operator):
+    _, layer = adapted(40, 40, dtype=torch.float32 if autocast else torch.bfloat16, operator=operator)
+    x = torch.randn(30, 40).to(layer.linear.weight.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, merged = layer(x), layer.merge()(x)
+    assert "MergedProduct" in y.grad_fn.name() and torch.equal(y, merged), "(W0 + ΔW) x, and W0 + ΔW rounded to bfloat16"
 
 
 @pytest.mark.parametrize("operator, expected", [("truncation", 13), ("sharing", 13), ("decoupling", 96), ("rotation", 96)])
@@ -403,7 +429,7 @@ def test_precision(dtype, autocast, tol, options):
 @every_variant
 def test_dropout_acts_on_the_input_of_the_adapter_only(options):
     _, layer = adapted(13, 20, dropout=1.0, **options)  # in training, nothing is left of that input
-    x = randn(3, 13)
+    x = randn(30, 13)
     expected = dora(layer, x, 0 * x) if options.get("method") == "dora" else layer.linear(x)
     assert_close(layer.train()(x), expected, "with the adapter's input dropped, the frozen layer is left")
     merged = layer.merge()(x)
