@@ -30,7 +30,7 @@ from torch import nn
 
 
 def square_size(in_features: int, out_features: int, rank: int) -> int:
-    """r̂, the side of the largest square matrix within LoRA's budget (k + d) r; beyond min(k, d) it would add no rank."""
+    """r̂, the side of the largest square matrix within LoRA's budget (k + d) r, at most min(k, d): more adds no rank."""
     check_rank(rank)
     return min(math.isqrt((in_features + out_features) * rank), in_features, out_features)
 

@@ -117,10 +117,10 @@ def layer_candidates(k, d, rank, device):
     linear = nn.Linear(k, d, device=device)
     layers = {"frozen": copy.deepcopy(linear).requires_grad_(False), "full": copy.deepcopy(linear)}
     layers["lora"] = LoRALinear(copy.deepcopy(linear), rank)
-    layers["lora, one product"] = MergedLoRALinear(copy.deepcopy(linear), rank)
     layers["dora"] = DoRALinear(copy.deepcopy(linear), rank)
     for operator in OPERATORS:
         layers[f"mora {operator}"] = MoRALinear(copy.deepcopy(linear), rank, operator)
+    layers["lora, one product"] = MergedLoRALinear(copy.deepcopy(linear), rank)
     for operator in ("sharing", "rotation"):
         layers[f"mora {operator}, as defined"] = MoRALinear(copy.deepcopy(linear), rank, operator)
         layers[f"mora {operator}, as defined"].one_product = False
@@ -132,39 +132,44 @@ def layer_candidates(k, d, rank, device):
 
 
 def bench_layers(args):
+    """A table of methods by shapes; the last rows are not what users get, but what the short cut is worth."""
+    on_gpu = args.device.type == "cuda"
     shapes = [(768, 768), (768, 2304), (768, 3072), (3072, 768)]
-    if args.device.type == "cuda":
-        shapes += [(4096, 4096), (4096, 11008), (11008, 4096)]
-    rows = []
-    for compiled in ([False, True] if args.device.type == "cuda" else [False]):
-        for k, d in shapes[:1] + shapes[-1:] if args.quick else shapes:
-            for rank in (8,) if args.quick else (8, 128):
-                rows.append(layer_row(k, d, rank, compiled, args))
-                print(train.markdown(rows[-1:]).splitlines()[-1] if len(rows) > 1 else train.markdown(rows), flush=True)
-    return rows
+    shapes += [(4096, 4096), (4096, 11008), (11008, 4096)] if on_gpu else []
+    cases = [(k, d, rank) for rank in (8, 128) for k, d in shapes]
+    figures = []
+    for compiled in ([False, True] if on_gpu else [args.compile]):
+        rows = {}
+        for k, d, rank in [cases[0], cases[3]] if args.quick else cases:
+            seconds = layer_seconds(k, d, rank, compiled, args)
+            for name, value in seconds.items():
+                row = rows.setdefault(name, {"layer, compiled" if compiled else "layer": name})
+                row[f"{k} to {d}, r {rank}"] = (f"{1e3 * value:.1f} ms" if name == "frozen" else
+                                                f"{value / seconds['frozen']:.2f}")
+        print(train.markdown(list(rows.values())), flush=True)
+        figures += rows.values()
+    return figures
 
 
-def layer_row(k, d, rank, compiled, args):
-    tokens = 4096 if args.device.type == "cpu" else 32768
+def layer_seconds(k, d, rank, compiled, args):
+    """Median seconds of forward and backward, by the name of the layer."""
+    tokens = 32768 if args.device.type == "cuda" else 4096
     x = torch.randn(tokens, k, device=args.device, requires_grad=True)
     g = torch.randn(tokens, d, device=args.device).to(args.dtype)
 
-    def forward_and_backward(layer):
+    def forward_and_backward(layer, parameters):
         def call():
             with args.autocast():
                 y = layer(x)
             y.backward(g)
-            for tensor in (x, *layer.parameters()):
+            for tensor in (x, *parameters):
                 tensor.grad = None
         return call
 
     torch.compiler.reset()
-    layers = layer_candidates(k, d, rank, args.device)
-    calls = {name: forward_and_backward(torch.compile(layer) if compiled else layer) for name, layer in layers.items()}
-    seconds = take_turns(calls, args.device, 2 if args.quick else 8)
-    row = {"shape": f"{k} to {d}", "r": str(rank), "mode": "compiled" if compiled else "eager",
-           "frozen": f"{1e3 * seconds['frozen']:.1f} ms"}
-    return row | {name: f"{value / seconds['frozen']:.2f}" for name, value in seconds.items() if name != "frozen"}
+    calls = {name: forward_and_backward(torch.compile(layer) if compiled else layer, list(layer.parameters()))
+             for name, layer in layer_candidates(k, d, rank, args.device).items()}
+    return take_turns(calls, args.device, 2 if args.quick else 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,8 +241,7 @@ def step_rows(case, base, task, rank, idx, targets, peak, args):
                 models[name](idx, targets)[1].backward()
         models[name].zero_grad(set_to_none=True)
         row = {"step": case, "method": name, "tokens/s": f"{idx.numel() / seconds[name]:,.0f}",
-               "of frozen": f"{seconds[name] / seconds['frozen']:.2f}", "of full": f"{seconds[name] / seconds['full']:.2f}",
-               "of lora": f"{seconds[name] / seconds['lora']:.2f}",
+               **{f"of {other}": f"{seconds[name] / seconds[other]:.2f}" for other in ("frozen", "full", "lora")},
                "of peak FLOP/s": f"{counter.get_total_flops() / seconds[name] / peak:.0%}"}
         if args.device.type == "cuda":
             row["peak MB"] = f"{peak_memory(step):,.0f}"  # above what the other models hold
@@ -260,7 +264,8 @@ def bench_merge(args):
     seconds = take_turns({name: lambda model=model: merge_and_reset(model) for name, model in models.items()},
                          args.device, 3)
     for name, model in models.items():
-        rows.append({"merge_and_reset": name, "layers": str(len(find_adapters(model))), "seconds": f"{seconds[name]:.3f}"})
+        layers = str(len(find_adapters(model)))
+        rows.append({"merge_and_reset": name, "layers": layers, "seconds": f"{seconds[name]:.3f}"})
     print(train.markdown(rows))
     return rows
 
@@ -304,12 +309,12 @@ SECTIONS = {"layers": bench_layers, "steps": bench_steps, "merge": bench_merge, 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"among {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, models and repeats: two minutes on two cores")
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"among {', '.join(SECTIONS)} (or all)")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats: two minutes on two cores")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on "
-                        "CUDA, float32 on a CPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, float32 "
+                        "on a CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     args = parser.parse_args()
     unknown = set(args.sections) - SECTIONS.keys()

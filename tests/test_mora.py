@@ -312,7 +312,8 @@ def test_gradients(k, d, name):
 @every_operator
 def test_short_cut_is_the_definition(options):
     """MergedProduct against compress, M and decompress: outputs, and the gradients of x and M."""
-    for k, d, rank in [(12, 12, 2), (13, 22, 2), (22, 13, 2), (26, 8, 2), (5, 33, 1), (33, 5, 1), (40, 40, 1), (7, 9, 7)]:
+    shapes = [(12, 12, 2), (13, 22, 2), (22, 13, 2), (26, 8, 2), (5, 33, 1), (33, 5, 1), (40, 40, 1), (7, 9, 7)]
+    for k, d, rank in shapes:
         model, layer = adapted(k, d, rank, **options)
         for merge in range(3):  # for its groups are others then
             x, g, results = randn(2, 15, k).requires_grad_(), randn(2, 15, d), {}
@@ -320,7 +321,8 @@ def test_short_cut_is_the_definition(options):
                 y = layer(x)
                 assert ("MergedProduct" in y.grad_fn.name()) == layer.one_product, "the way that forward took"
                 results[layer.one_product] = y, *torch.autograd.grad(y, (x, layer.M), g)
-            for name, got, expected in zip(("outputs", "gradient of x", "gradient of M"), results[True], results[False]):
+            names = "outputs", "gradient of x", "gradient of M"
+            for name, got, expected in zip(names, results[True], results[False]):
                 assert_close(got, expected, f"{name}, k = {k}, d = {d}, r̂ = {len(layer.M)}, after {merge} merges")
             merge_and_reset(model)
             randomise(model)
@@ -358,7 +360,7 @@ def test_an_operator_without_a_true_short_cut_does_without(method, k, d, base, m
 
 def test_short_cut_is_for_many_tokens_and_first_gradients():
     _, layer = adapted(40, 40)
-    assert "MergedProduct" not in layer(randn(3, 40)).grad_fn.name(), "building W0 + ΔW is not worth it for three tokens"
+    assert "MergedProduct" not in layer(randn(3, 40)).grad_fn.name(), "W0 + ΔW is not worth building for three tokens"
     x = randn(30, 40).requires_grad_()
     grad, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
@@ -372,12 +374,12 @@ def test_short_cut_rounds_once_as_merging_does(autocast, operator):
     x = torch.randn(30, 40).to(layer.linear.weight.dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y, merged = layer(x), layer.merge()(x)
-    assert "MergedProduct" in y.grad_fn.name() and torch.equal(y, merged), "(W0 + ΔW) x, and W0 + ΔW rounded to bfloat16"
+    assert "MergedProduct" in y.grad_fn.name() and torch.equal(y, merged), "W0 + ΔW is added first and rounded once"
 
 
-@pytest.mark.parametrize("operator, expected", [("truncation", 13), ("sharing", 13), ("decoupling", 96), ("rotation", 96)])
+@pytest.mark.parametrize("operator, expected", dict(truncation=13, sharing=13, decoupling=96, rotation=96).items())
 def test_what_is_kept_for_backward(operator, expected):
-    """Sharing and truncation need r̂ numbers of every token, decoupling and rotation all of x; and no weight is kept."""
+    """Truncation and sharing need r̂ numbers of each token, the others all of x; and no weight is kept."""
     _, layer = adapted(96, 96, rank=1, operator=operator)
     own, kept = {parameter.data_ptr() for parameter in layer.parameters()}, 0
 
