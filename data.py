@@ -56,15 +56,24 @@ def seeded(*key) -> torch.Generator:
 
 
 @functools.lru_cache(maxsize=2)
-def shuffled(n, seed, epoch):
-    return torch.randperm(n, generator=seeded("order", seed, epoch))
+def shuffled(n, seed, epoch, device):
+    return torch.randperm(n, generator=seeded("order", seed, epoch)).to(device)
 
 
-def epoch_rows(n, batch_size, seed, step):
-    """Which of n rows make up the batch of a step. Every epoch goes through all of them, in an order of its own."""
+def epoch_rows(n, batch_size, seed, step, device="cpu"):
+    """Which of n rows make up the batch of a step. Every epoch goes through all of them, in an order of its own, which
+    is sent to the device once.
+    """
     first = step * batch_size
     epochs = range(first // n, (first + batch_size - 1) // n + 1)
-    return torch.cat([shuffled(n, seed, epoch) for epoch in epochs])[first % n:][:batch_size]
+    return torch.cat([shuffled(n, seed, epoch, device) for epoch in epochs])[first % n:][:batch_size]
+
+
+def to_device(tensor, device):
+    """A copy to a GPU runs beside the computation if it starts from pinned memory."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,8 +120,7 @@ class UUIDPairs:
         """idx (batch_size, 72) and targets (batch_size, 36). Every epoch goes through all pairs, in an order of its
         own.
         """
-        rows = epoch_rows(len(self.pairs), self.batch_size, self.seed, step)
-        tokens = self.tokens[rows.to(self.tokens.device)]
+        tokens = self.tokens[epoch_rows(len(self.pairs), self.batch_size, self.seed, step, self.tokens.device)]
         return tokens[:, :-1], tokens[:, -UUID_LENGTH:]
 
 
@@ -494,7 +502,7 @@ class Text:
         places = sum(len(tokens) - self.block_size for tokens in self.train)
         chosen = torch.randint(places, (self.batch_size,), generator=seeded("text", self.seed, step))
         rows = torch.stack([self.row(place) for place in chosen.tolist()])  # (batch_size, block_size + 1)
-        rows = rows.to(self.device)
+        rows = to_device(rows, self.device)
         return rows[:, :-1], rows[:, 1:]
 
     def validation(self):
@@ -592,7 +600,7 @@ class PromptPairs:
             tokens = torch.from_numpy(tokens.astype(np.int64))
             idx[i, :len(tokens) - 1] = tokens[:-1]
             targets[i, prompt - 1:len(tokens) - 1] = tokens[prompt:]
-        return idx.to(self.device), targets.to(self.device)
+        return to_device(idx, self.device), to_device(targets, self.device)
 
     def batch(self, step):
         """idx and targets, (batch_size, length) each. Every epoch goes through all rows, in an order of its own."""

@@ -30,7 +30,7 @@ from torch import nn
 
 
 def square_size(in_features: int, out_features: int, rank: int) -> int:  # exercise 1
-    """r̂, the side of the largest square matrix within LoRA's budget (k + d) r; beyond min(k, d) it would add no rank."""
+    """r̂, the side of the largest square matrix within LoRA's budget (k + d) r, at most min(k, d): more adds no rank."""
     check_rank(rank)
     return min(math.isqrt((in_features + out_features) * rank), in_features, out_features)
 
@@ -45,9 +45,12 @@ def check_rank(rank):
 
 
 class Operator(nn.Module):
-    """Two linear maps without parameters: `compress`, from k inputs to r̂ numbers, and `decompress`, from them to d outputs.
+    """Two linear maps without parameters: `compress`, from k inputs to r̂ numbers, and `decompress`, from them to d
+    outputs.
 
-    An operator of your own needs these two and a name in OPERATORS.
+    These two define the method, and an operator of your own needs no more than them and a name in OPERATORS. The other
+    methods say the same in the terms of `MergedProduct`, for speed: `matrix` is ΔW, `gather` the transpose of
+    decompress. They are used as long as they agree with the first two (`has_short_cut`).
     """
 
     options = ()  # further arguments of __init__
@@ -59,6 +62,19 @@ class Operator(nn.Module):
     def regroup(self, generator=None):
         """Draw new groups, where the operator has any (`Sharing`)."""
 
+    def keep(self, x):
+        """What the gradient of M needs of the inputs."""
+        return self.compress(x).contiguous()  # no view, which would keep all of x
+
+    def gradient(self, g, kept):
+        """The gradient of M (r̂, r̂), from that of the outputs, g (..., d)."""
+        return sum_of_products(self.gather(g), kept)
+
+
+def sum_of_products(g, z):
+    """Σ g zᵀ over all leading dimensions: (..., m), (..., n) -> (m, n)."""
+    return g.flatten(0, -2).T @ z.flatten(0, -2)
+
 
 class Truncation(Operator):
     """Eq. 4: keep the first r̂ inputs, write the first r̂ outputs. The baseline: M never sees the rest of x."""
@@ -68,6 +84,12 @@ class Truncation(Operator):
 
     def decompress(self, z):  # exercise 2
         return F.pad(z, (0, self.out_features - self.size))  # (..., r̂) -> (..., d)
+
+    def gather(self, g):
+        return g[..., :self.size]  # (..., d) -> (..., r̂)
+
+    def matrix(self, M):
+        return F.pad(M, (0, self.in_features - self.size, 0, self.out_features - self.size))  # (r̂, r̂) -> (d, k)
 
 
 class Sharing(Operator):
@@ -113,19 +135,27 @@ class Sharing(Operator):
         return i % self.size
 
     def compress(self, x):  # exercise 3
-        z = x.new_zeros(*x.shape[:-1], self.size)
-        return z.index_add(-1, self.in_group, x)  # (..., k) -> (..., r̂)
+        return self.add_up(x, self.in_group)  # (..., k) -> (..., r̂)
+
+    def add_up(self, x, group):  # exercise 3
+        return x.new_zeros(*x.shape[:-1], self.size).index_add(-1, group, x)
 
     def decompress(self, z):  # exercise 3
         return z.index_select(-1, self.out_group)  # (..., r̂) -> (..., d)
+
+    def gather(self, g):
+        return self.add_up(g, self.out_group)  # (..., d) -> (..., r̂)
+
+    def matrix(self, M):
+        return M.index_select(1, self.in_group).index_select(0, self.out_group)  # (r̂, r̂) -> (d, k)
 
 
 class Decoupling(Operator):
     """Eq. 8: cut x into n = ceil(k / r̂) rows of r̂, send each through the same M, lay the results side by side.
 
-    Zeros fill the last row. ΔW is block diagonal, with M as every block. Results longer than d are cut, as in the paper, and shorter ones
-    repeated. Where k > d the cut loses whole rows, and with them every input in them; `fold=True` adds what lies past d
-    back onto the first outputs.
+    Zeros fill the last row. ΔW is block diagonal, with M as every block. Results longer than d are cut, as in the
+    paper, and shorter ones repeated. Where k > d the cut loses whole rows, and with them every input in them;
+    `fold=True` adds what lies past d back onto the first outputs.
     """
 
     options = ("fold",)
@@ -136,18 +166,57 @@ class Decoupling(Operator):
 
     def compress(self, x):  # exercise 5
         x = F.pad(x, (0, self.rows * self.size - self.in_features))
-        return x.unflatten(-1, (self.rows, self.size))  # (..., k) -> (..., n, r̂)
+        return self.rotate(x.unflatten(-1, (self.rows, self.size)))  # (..., k) -> (..., n, r̂)
+
+    def rotate(self, rows, back=False):
+        return rows  # for Rotation to say
 
     def decompress(self, z):  # exercise 6
         y = z.flatten(-2)  # (..., n, r̂) -> (..., n r̂)
-        copies = math.ceil(self.out_features / y.shape[-1])
-        if copies > 1:
-            y = torch.cat([y] * copies, dim=-1)
-        elif self.fold:
-            folds = math.ceil(y.shape[-1] / self.out_features)
-            y = F.pad(y, (0, folds * self.out_features - y.shape[-1]))
-            y = y.unflatten(-1, (folds, self.out_features)).sum(-2)  # (..., folds, d) -> (..., d)
-        return y[..., :self.out_features]  # (..., d)
+        resize = fold if self.fold and y.shape[-1] > self.out_features else tile
+        return resize(y, self.out_features)  # (..., d)
+
+    def gather(self, g):
+        length = self.rows * self.size
+        if length < self.out_features:
+            return fold(g, length)  # (..., d) -> (..., n r̂)
+        return tile(g, length) if self.fold else g  # (..., n r̂); without fold, what was cut has no gradient
+
+    # Row i of x meets the block M Rᵢ, so M is rotated, which is small, in place of x; and so is M's gradient.
+
+    def matrix(self, M):
+        n = self.rows if self.fold else min(self.rows, math.ceil(self.out_features / self.size))
+        blocks = self.rotate(M[:, None].expand(-1, n, -1), back=True)  # (r̂, n, r̂), where the last r̂ are inputs
+        blocks = torch.diag_embed(blocks.transpose(1, 2), dim1=0, dim2=2)  # (n, r̂, n, r̂)
+        columns = F.pad(blocks.flatten(2), (0, self.in_features - n * self.size))  # (n, r̂, k)
+        return self.decompress(columns.movedim(2, 0)).T  # (k, n, r̂) -> (d, k)
+
+    def keep(self, x):
+        return x
+
+    def gradient(self, g, x):
+        g = self.gather(g)
+        whole = min(g.shape[-1], x.shape[-1]) // self.size * self.size
+        rows = (part[..., :whole].unflatten(-1, (-1, self.size)) for part in (g, x))  # (..., n, r̂) each
+        products = torch.einsum("...no,...ni->oni", *rows)  # (r̂, n, r̂)
+        last = sum_of_products(*(part[..., whole:whole + self.size] for part in (g, x)))
+        if last.numel():  # shorter than r̂, so it goes apart, which spares padding x
+            last = F.pad(last, (0, self.size - last.shape[1], 0, self.size - last.shape[0]))
+            products = torch.cat([products, last[:, None]], dim=1)
+        return self.rotate(products).sum(1)  # (r̂, n, r̂) -> (r̂, r̂)
+
+
+def tile(y, length):  # exercise 6
+    """Repeat the last dimension up to a length, and cut what is beyond. The transpose of `fold`."""
+    copies = math.ceil(length / y.shape[-1])
+    return (torch.cat([y] * copies, dim=-1) if copies > 1 else y)[..., :length]
+
+
+def fold(y, length):  # exercise 6
+    """Cut the last dimension, which is longer, into pieces of a length and add them up. The transpose of `tile`."""
+    whole = y.shape[-1] // length * length
+    rest = F.pad(y[..., whole:], (0, whole + length - y.shape[-1]))
+    return y[..., :whole].unflatten(-1, (-1, length)).sum(-2) + rest
 
 
 class Rotation(Decoupling):
@@ -164,10 +233,13 @@ class Rotation(Decoupling):
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
-    def compress(self, x):  # exercise 7
-        a, b, rest = super().compress(x).tensor_split((self.size // 2, self.size // 2 * 2), dim=-1)
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)  # (..., k) -> (..., n, r̂)
+    def rotate(self, rows, back=False):  # exercise 7
+        n, half = rows.shape[-2], self.size // 2
+        a, b, rest = rows.tensor_split((half, 2 * half), dim=-1)
+        cos, sin = self.cos[:n].to(rows.dtype), self.sin[:n].to(rows.dtype)
+        if back:
+            sin = -sin
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)  # (..., n, r̂)
 
 
 OPERATORS = {"truncation": Truncation, "sharing": Sharing, "decoupling": Decoupling, "rotation": Rotation}
@@ -330,6 +402,16 @@ class MoRALinear(Adapter):
         super().__init__(linear, rank, dropout)  # freezes the layer, so it comes after what may be wrong
         self.operator = compressor.to(linear.weight.device)
         self.M = self.new_parameter(size, size)
+        self.one_product = has_short_cut(type(compressor), getattr(compressor, "fold", False))
+
+    def forward(self, x):
+        few = x.numel() // self.in_features < min(self.in_features, self.out_features) / 2  # tokens: not worth it
+        dropped = self.training and self.dropout.p > 0  # W0 and ΔW do not see the same x
+        if few or dropped or not self.one_product:
+            return super().forward(x)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return MergedProduct.apply(x.to(dtype), self.M, self.linear.weight, self.linear.bias, self.operator)
 
     def update(self, x):  # exercise 8
         z = self.operator.compress(x)
@@ -344,6 +426,49 @@ class MoRALinear(Adapter):
     def extra_repr(self):
         fold = ", fold=True" if getattr(self.operator, "fold", False) else ""
         return f"rank={self.rank}, size={self.operator.size}, operator={type(self.operator).__name__.lower()}{fold}"
+
+
+class MergedProduct(torch.autograd.Function):
+    """(W0 + ΔW) x + bias in one product, for hardly more than the frozen layer costs.
+
+    ΔW (d, k) is small beside many tokens, so it is built when it is needed, forward and backward, and kept by nobody.
+    It gets no gradient of its own, whose cost is that of training W0: M's comes from products of M's size.
+    """
+
+    @staticmethod
+    def forward(ctx, x, M, weight, bias, operator):
+        ctx.operator = operator
+        ctx.save_for_backward(operator.keep(x), M, weight)
+        merged = (weight + operator.matrix(M)).to(x.dtype)  # added as merging adds, and rounded once
+        return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        kept, M, weight = ctx.saved_tensors
+        merged = (weight + ctx.operator.matrix(M)).to(g.dtype)
+        return g @ merged, ctx.operator.gradient(g, kept), None, None, None
+
+
+@functools.cache
+def has_short_cut(operator_class, fold):
+    """Whether MergedProduct computes what compress and decompress say, tried on random numbers. It does not where
+    somebody changed these two, or wrote no `matrix`: then they alone count.
+    """
+    if not hasattr(operator_class, "matrix"):
+        return False
+    with torch.device("cpu"), torch.enable_grad():
+        generator, options = torch.Generator().manual_seed(0), {"fold": True} if fold else {}
+        for k, d in ((13, 22), (22, 13)):
+            operator = operator_class(k, d, 4, **options).double()
+            x, g, M, weight = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+                               for shape in ((5, k), (5, d), (4, 4), (d, k)))
+            defined = F.linear(x, weight) + operator.decompress(F.linear(operator.compress(x), M))
+            merged = MergedProduct.apply(x, M, weight, None, operator)
+            results = [(y, *torch.autograd.grad(y, (x, M), g)) for y in (defined, merged)]
+            if not all(torch.allclose(a, b) for a, b in zip(*results)):
+                return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------

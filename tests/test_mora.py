@@ -317,6 +317,90 @@ def test_gradients(k, d, name):
                                     (randn(2, k).requires_grad_(), *values))
 
 
+@every_operator
+def test_short_cut_is_the_definition(options):
+    """MergedProduct against compress, M and decompress: outputs, and the gradients of x and M."""
+    shapes = [(12, 12, 2), (13, 22, 2), (22, 13, 2), (26, 8, 2), (5, 33, 1), (33, 5, 1), (40, 40, 1), (7, 9, 7)]
+    for k, d, rank in shapes:
+        model, layer = adapted(k, d, rank, **options)
+        for merge in range(3):  # for its groups are others then
+            x, g, results = randn(2, 15, k).requires_grad_(), randn(2, 15, d), {}
+            for layer.one_product in (True, False):
+                y = layer(x)
+                assert ("MergedProduct" in y.grad_fn.name()) == layer.one_product, "the way that forward took"
+                results[layer.one_product] = y, *torch.autograd.grad(y, (x, layer.M), g)
+            names = "outputs", "gradient of x", "gradient of M"
+            for name, got, expected in zip(names, results[True], results[False]):
+                assert_close(got, expected, f"{name}, k = {k}, d = {d}, r̂ = {len(layer.M)}, after {merge} merges")
+            merge_and_reset(model)
+            randomise(model)
+
+
+class Own(mora.Operator):
+    """An operator as a reader would write it: the mean of neighbours in, the same number for neighbours out."""
+
+    def compress(self, x):
+        return F.adaptive_avg_pool1d(x.flatten(0, -2), self.size).unflatten(0, x.shape[:-1])
+
+    def decompress(self, z):
+        return z.repeat_interleave(math.ceil(self.out_features / self.size), dim=-1)[..., :self.out_features]
+
+
+@pytest.mark.parametrize("base", [Own, *OPERATORS.values()])
+@pytest.mark.parametrize("k, d", [(13, 20), (20, 13)])
+@pytest.mark.parametrize("method", ["decompress", "gather"])
+def test_an_operator_without_a_true_short_cut_does_without(method, k, d, base, monkeypatch):
+    class Changed(base):
+        pass
+
+    def thrice(self, z):  # for layers of this sort only
+        return getattr(base, method)(self, z) * (3 if (self.in_features < self.out_features) == (k < d) else 1)
+
+    setattr(Changed, method, thrice)
+    monkeypatch.setitem(OPERATORS, "changed", Changed)
+    (_, layer), x = adapted(k, d, operator="changed"), randn(30, k)
+    z = layer.operator.compress(x) @ layer.M.T
+    y = layer(x)
+    assert "MergedProduct" not in y.grad_fn.name()
+    assert_close(y - layer.linear(x), layer.operator.decompress(z), "the update is what compress and decompress say")
+    assert_close(layer.merge()(x), y, "merge()")
+
+
+def test_short_cut_is_for_many_tokens_and_first_gradients():
+    _, layer = adapted(40, 40)
+    assert "MergedProduct" not in layer(randn(3, 40)).grad_fn.name(), "W0 + ΔW is not worth building for three tokens"
+    x = randn(30, 40).requires_grad_()
+    grad, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("operator", ["truncation", "sharing", "decoupling"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_cut_rounds_once_as_merging_does(autocast, operator):
+    _, layer = adapted(40, 40, dtype=torch.float32 if autocast else torch.bfloat16, operator=operator)
+    x = torch.randn(30, 40).to(layer.linear.weight.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, merged = layer(x), layer.merge()(x)
+    assert "MergedProduct" in y.grad_fn.name() and torch.equal(y, merged), "W0 + ΔW is added first and rounded once"
+
+
+@pytest.mark.parametrize("operator, expected", dict(truncation=13, sharing=13, decoupling=96, rotation=96).items())
+def test_what_is_kept_for_backward(operator, expected):
+    """Truncation and sharing need r̂ numbers of each token, the others all of x; and no weight is kept."""
+    _, layer = adapted(96, 96, rank=1, operator=operator)
+    own, kept = {parameter.data_ptr() for parameter in layer.parameters()}, 0
+
+    def keep(tensor):
+        nonlocal kept
+        kept += tensor.untyped_storage().nbytes() // 8 if tensor.data_ptr() not in own else 0
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(randn(200, 96))
+    assert kept == 200 * expected
+
+
 @pytest.mark.parametrize("name, expected", [
     ("lora", 1), ("truncation", 13), ("sharing strided", 13), ("sharing contiguous", 13), ("sharing random", 13),
     ("decoupling", 96), ("decoupling fold", 96), ("rotation", 96), ("rotation fold", 96)])
@@ -339,7 +423,7 @@ def test_rotation_without_fold_loses_inputs_where_k_is_above_d(fold):
                                                   (torch.bfloat16, False, 0.03), (torch.float32, True, 0.03)])
 def test_precision(dtype, autocast, tol, options):
     _, layer = adapted(13, 20, dtype=dtype, **options)
-    x = randn(3, 13).to(dtype)
+    x = randn(30, 13).to(dtype)  # enough rows for MergedProduct
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y, base, merged = layer(x), layer.linear(x), layer.merge()
     assert y.dtype == base.dtype, f"the plain layer returns {base.dtype}, the adapted one {y.dtype}"
@@ -355,7 +439,7 @@ def test_precision(dtype, autocast, tol, options):
 @every_variant
 def test_dropout_acts_on_the_input_of_the_adapter_only(options):
     _, layer = adapted(13, 20, dropout=1.0, **options)  # in training, nothing is left of that input
-    x = randn(3, 13)
+    x = randn(30, 13)
     expected = dora(layer, x, 0 * x) if options.get("method") == "dora" else layer.linear(x)
     assert_close(layer.train()(x), expected, "with the adapter's input dropped, the frozen layer is left")
     merged = layer.merge()(x)
@@ -371,7 +455,7 @@ def test_compiles_once(options):
     counter, (model, _) = CompileCounter(), adapted(13, 20, dtype=torch.float32, **options)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for merge in range(3):
-        x = torch.randn(5, 13)
+        x = torch.randn(30, 13)
         assert_close(compiled(x), model(x), f"compiled, after {merge} merges", tol=1e-5)
         merge_and_reset(model)
         randomise(model)

@@ -1,0 +1,341 @@
+"""What a layer and a step cost, against the frozen model's: `python tests/bench.py`, or in two minutes with --quick.
+
+Timings are medians of repeats in which the candidates take turns, so that a machine's moods meet all of them alike;
+only ratios within a table mean something. Sections: layers, steps, merge, tokenize, start (all, or those you name).
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+import train
+from model import GPT, PRESETS, GPTConfig
+from mora import OPERATORS, DoRALinear, LoRALinear, MoRALinear, find_adapters, merge_and_reset
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def take_turns(candidates, device, seconds):
+    """Median seconds of each candidate, a dict of functions; about `seconds` altogether, after one call unmeasured."""
+    times = {name: [] for name in candidates}
+    for function in candidates.values():
+        function()
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(times[name]) < 3:
+        for name, function in candidates.items():
+            wait(device)
+            start = time.perf_counter()
+            function()
+            wait(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def kept_for_backward(function, model):
+    """MB that autograd keeps from forward to backward, without the model's own weights."""
+    own, kept = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        function()
+    return sum(kept.values()) / 1e6
+
+
+def peak_memory(function):
+    """MB at the peak of a call, on CUDA."""
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 1e6
+
+
+def peak_flops(device, dtype):
+    """FLOP/s of a large matrix product: what a step's own are compared with."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype).unbind()
+    return 2 * n**3 / take_turns({"product": lambda: a @ b}, device, 1)["product"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One layer: forward and backward, as a ratio to the frozen nn.Linear
+
+
+class MergedLoRA(torch.autograd.Function):
+    """LoRA in one product, as MoRALinear does it, so that the short cut is not mistaken for the method's merit."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, scaling, weight, bias):
+        ctx.save_for_backward(x, A, B, weight)
+        ctx.scaling = scaling
+        return F.linear(x, torch.addmm(weight, B, A, alpha=scaling).to(x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        x, A, B, weight = ctx.saved_tensors
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        merged = torch.addmm(weight, B, A, alpha=ctx.scaling).to(x.dtype)
+        return g @ merged, (g @ b).T @ x * ctx.scaling, g.T @ (x @ a.T) * ctx.scaling, None, None, None
+
+
+class MergedLoRALinear(LoRALinear):
+    def forward(self, x):
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        return MergedLoRA.apply(x, self.A, self.B, self.scaling, self.linear.weight, self.linear.bias)
+
+
+def layer_candidates(k, d, rank, device):
+    torch.manual_seed(0)
+    linear = nn.Linear(k, d, device=device)
+    layers = {"frozen": copy.deepcopy(linear).requires_grad_(False), "full": copy.deepcopy(linear)}
+    layers["lora"] = LoRALinear(copy.deepcopy(linear), rank)
+    layers["dora"] = DoRALinear(copy.deepcopy(linear), rank)
+    for operator in OPERATORS:
+        layers[f"mora {operator}"] = MoRALinear(copy.deepcopy(linear), rank, operator)
+    layers["lora, one product"] = MergedLoRALinear(copy.deepcopy(linear), rank)
+    for operator in ("sharing", "rotation"):
+        layers[f"mora {operator}, as defined"] = MoRALinear(copy.deepcopy(linear), rank, operator)
+        layers[f"mora {operator}, as defined"].one_product = False
+    for layer in layers.values():  # B and M start at zero
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.02)
+    return layers
+
+
+def bench_layers(args):
+    """A table of methods by shapes; the last rows are not what users get, but what the short cut is worth."""
+    on_gpu = args.device.type == "cuda"
+    shapes = [(768, 768), (768, 2304), (768, 3072), (3072, 768)]
+    shapes += [(4096, 4096), (4096, 11008), (11008, 4096)] if on_gpu else []
+    cases = [(k, d, rank) for rank in (8, 128) for k, d in shapes]
+    figures = []
+    for compiled in ([False, True] if on_gpu else [args.compile]):
+        rows = {}
+        for k, d, rank in [cases[0], cases[3]] if args.quick else cases:
+            seconds = layer_seconds(k, d, rank, compiled, args)
+            for name, value in seconds.items():
+                row = rows.setdefault(name, {"layer, compiled" if compiled else "layer": name})
+                row[f"{k} to {d}, r {rank}"] = (f"{1e3 * value:.1f} ms" if name == "frozen" else
+                                                f"{value / seconds['frozen']:.2f}")
+        print(train.markdown(list(rows.values())), flush=True)
+        figures += rows.values()
+    return figures
+
+
+def layer_seconds(k, d, rank, compiled, args):
+    """Median seconds of forward and backward, by the name of the layer."""
+    tokens = 32768 if args.device.type == "cuda" else 4096
+    x = torch.randn(tokens, k, device=args.device, requires_grad=True)
+    g = torch.randn(tokens, d, device=args.device).to(args.dtype)
+
+    def forward_and_backward(layer, parameters):
+        def call():
+            with args.autocast():
+                y = layer(x)
+            y.backward(g)
+            for tensor in (x, *parameters):
+                tensor.grad = None
+        return call
+
+    torch.compiler.reset()
+    calls = {name: forward_and_backward(torch.compile(layer) if compiled else layer, list(layer.parameters()))
+             for name, layer in layer_candidates(k, d, rank, args.device).items()}
+    return take_turns(calls, args.device, 2 if args.quick else 8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole training steps
+
+
+def step_candidates(base, task, rank):
+    """Models that train by each method; `frozen` is the floor: the first layer's bias alone, so that the gradient has
+    to pass the whole network.
+    """
+    settings = ["full", "lora", *(f"mora {operator}" for operator in OPERATORS), "remora sharing"]
+    models = {"frozen": copy.deepcopy(base).requires_grad_(False)}
+    models["frozen"].h[0].attn.c_attn.bias.requires_grad_(True)
+    for setting in settings:
+        method, _, operator = setting.partition(" ")
+        config = argparse.Namespace(method=method, rank=rank, operator=operator or None, targets=None, alpha=None,
+                                    rslora=False, fold=False, dropout=0.0, groups="strided",
+                                    init="scratch" if task == "c4" else "gpt2")
+        models[setting] = train.adapt(copy.deepcopy(base), config)
+    return models
+
+
+def bench_steps(args):
+    """Forward, backward, clipping and AdamW on one batch. GPT-2 at r = 8, the demo's model at the demo's ranks."""
+    on_gpu = args.device.type == "cuda"
+    cases = [("demo", "uuid", 32, 2), ("demo", "c4", 32, 4)]
+    if not args.quick:
+        cases += [("gpt2", "uuid", 1000 if on_gpu else 16, 8), ("gpt2", "c4", 32 if on_gpu else 1, 8)]
+        cases += [("gpt2-large", "c4", 1, 8)] if on_gpu else []
+    peak, rows = peak_flops(args.device, args.dtype), []
+    print(f"a matrix product's peak: {peak / 1e12:.3g} TFLOP/s")
+    for preset, task, batch_size, rank in cases:
+        torch.manual_seed(0)
+        base = GPT(GPTConfig(**PRESETS[preset])).to(args.device)
+        length = 2 * data.UUID_LENGTH if task == "uuid" else min(base.config.block_size, 1024 if on_gpu else 512)
+        idx = torch.randint(base.config.vocab_size, (batch_size, length), device=args.device)
+        targets = idx[:, -data.UUID_LENGTH:] if task == "uuid" else idx
+        rows += step_rows(f"{preset} {task}, {batch_size} x {length}", base, task, rank, idx, targets, peak, args)
+    return rows
+
+
+def step_rows(case, base, task, rank, idx, targets, peak, args):
+    models, steps, first = step_candidates(base, task, rank), {}, {}
+    torch.compiler.reset()
+    for name, model in models.items():
+        method = name.split()[0]
+        optimizer = train.make_optimizer(model, argparse.Namespace(method=method, device=str(args.device),
+                                                                   weight_decay=0.0, lora_plus_ratio=1.0))
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        network = torch.compile(model) if args.compile else model
+
+        def step(network=network, optimizer=optimizer, trainable=trainable):
+            with args.autocast():
+                loss = network(idx, targets)[1]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        start = time.perf_counter()
+        step()
+        wait(args.device)
+        steps[name], first[name] = step, time.perf_counter() - start
+    seconds = take_turns(steps, args.device, 6 if args.quick else 20)
+    rows = []
+    for name, step in steps.items():
+        with FlopCounterMode(display=False) as counter:
+            with args.autocast():
+                models[name](idx, targets)[1].backward()
+        models[name].zero_grad(set_to_none=True)
+        row = {"step": case, "method": name, "tokens/s": f"{idx.numel() / seconds[name]:,.0f}",
+               **{f"of {other}": f"{seconds[name] / seconds[other]:.2f}" for other in ("frozen", "full", "lora")},
+               "of peak FLOP/s": f"{counter.get_total_flops() / seconds[name] / peak:.0%}"}
+        if args.device.type == "cuda":
+            row["peak MB"] = f"{peak_memory(step):,.0f}"  # above what the other models hold
+        else:
+            row["kept MB"] = f"{kept_for_backward(step, models[name]):,.1f}"
+        if args.compile:
+            row["first step"] = f"{first[name]:.0f} s"
+        rows.append(row)
+    print("\n" + train.markdown(rows), flush=True)
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Merging, tokenizing, starting
+
+
+def bench_merge(args):
+    base, rows = GPT(GPTConfig(**PRESETS["demo" if args.quick else "gpt2"])).to(args.device), []
+    models = {name: model for name, model in step_candidates(base, "uuid", 8).items() if name not in ("frozen", "full")}
+    seconds = take_turns({name: lambda model=model: merge_and_reset(model) for name, model in models.items()},
+                         args.device, 3)
+    for name, model in models.items():
+        layers = str(len(find_adapters(model)))
+        rows.append({"merge_and_reset": name, "layers": layers, "seconds": f"{seconds[name]:.3f}"})
+    print(train.markdown(rows))
+    return rows
+
+
+def bench_tokenize(args):
+    text = data.standard_library_text(2_000_000 if args.quick else 8_000_000)
+    documents, rows = [text[i:i + 2_000] for i in range(0, len(text), 2_000)], []
+    for name in ("bytes", "gpt2"):
+        try:
+            tokenizer = data.get_tokenizer(name)
+        except ValueError as error:
+            print(f"{name}: left out, {error}")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = take_turns({
+                "tokenize": lambda: data.tokenize(documents, tokenizer, Path(folder, "tokens.bin")),
+                "encode_ordinary_batch": lambda: tokenizer.encode_ordinary_batch(documents, num_threads=os.cpu_count()),
+            }, torch.device("cpu"), 3)
+        share = seconds["encode_ordinary_batch"] / seconds["tokenize"]
+        rows.append({"tokenizer": name, "MB/s": f"{len(text) / seconds['tokenize'] / 1e6:.2f}",
+                     "of encode_ordinary_batch's speed": f"{share:.0%}"})
+    print(train.markdown(rows))
+    return rows
+
+
+def bench_start(args):
+    with tempfile.TemporaryDirectory() as folder:
+        one_step = ["--init", "scratch", "--methods", "mora", "--max_steps", "1", "--no-compile", "--out_dir", folder]
+        commands = {"train.py -h": ["-h"], "one step and its results": one_step}
+        seconds = take_turns({name: lambda command=command: subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *command], stdout=subprocess.DEVNULL, check=True)
+            for name, command in commands.items()}, torch.device("cpu"), 1)
+    rows = [{"start": name, "seconds": f"{value:.1f}"} for name, value in seconds.items()]
+    print(train.markdown(rows))
+    return rows
+
+
+SECTIONS = {"layers": bench_layers, "steps": bench_steps, "merge": bench_merge, "tokenize": bench_tokenize,
+            "start": bench_start}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"among {', '.join(SECTIONS)} (or all)")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats: two minutes on two cores")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to a file too")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, float32 "
+                        "on a CPU")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
+    args = parser.parse_args()
+    unknown = set(args.sections) - SECTIONS.keys()
+    if unknown:
+        parser.error(f"no section is called {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
+    args.device = torch.device(args.device)
+    on_gpu = args.device.type == "cuda"
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    args.compile = on_gpu if args.compile is None else args.compile
+    args.autocast = lambda: torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32)
+    name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    header = (f"{args.device} ({name}), {str(args.dtype).removeprefix('torch.')}, torch {torch.__version__}, "
+              f"{torch.get_num_threads()} threads")
+    print(header)
+    figures = {"device": header}
+    for section in args.sections:
+        print(f"\n{section}\n")
+        figures[section] = SECTIONS[section](args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
