@@ -591,7 +591,7 @@ class PromptPairs:
                              f"{self.block_size}")
         return rows
 
-    def pad(self, rows):
+    def pad(self, rows):  # exercise 15
         """idx and targets (len(rows), length): the longest row's length up to a multiple of 64, as each new one costs a
         compilation.
         """

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def square_size(in_features: int, out_features: int, rank: int) -> int:
+def square_size(in_features: int, out_features: int, rank: int) -> int:  # exercise 1
     """r̂, the side of the largest square matrix within LoRA's budget (k + d) r, at most min(k, d): more adds no rank."""
     check_rank(rank)
     return min(math.isqrt((in_features + out_features) * rank), in_features, out_features)
@@ -79,10 +79,10 @@ def sum_of_products(g, z):
 class Truncation(Operator):
     """Eq. 4: keep the first r̂ inputs, write the first r̂ outputs. The baseline: M never sees the rest of x."""
 
-    def compress(self, x):
+    def compress(self, x):  # exercise 2
         return x[..., :self.size]  # (..., k) -> (..., r̂)
 
-    def decompress(self, z):
+    def decompress(self, z):  # exercise 2
         return F.pad(z, (0, self.out_features - self.size))  # (..., r̂) -> (..., d)
 
     def gather(self, g):
@@ -118,14 +118,14 @@ class Sharing(Operator):
         self.regroup()
 
     @torch.no_grad()
-    def regroup(self, generator=None):
+    def regroup(self, generator=None):  # exercise 14
         # In place, so that a compiled model sees the new groups without being compiled again.
         self.turn += 1
         in_kind, out_kind = self.pairs[int(self.turn) % len(self.pairs)]
         self.in_group.copy_(self.deal(self.in_features, in_kind, generator))
         self.out_group.copy_(self.deal(self.out_features, out_kind, generator))
 
-    def deal(self, features, kind, generator):
+    def deal(self, features, kind, generator):  # exercise 4
         """The group of each of `features` indices: whole numbers below r̂, shape (features,)."""
         i = torch.arange(features)
         if kind == "contiguous":
@@ -134,13 +134,13 @@ class Sharing(Operator):
             i = torch.randperm(features, generator=generator)
         return i % self.size
 
-    def compress(self, x):
+    def compress(self, x):  # exercise 3
         return self.add_up(x, self.in_group)  # (..., k) -> (..., r̂)
 
-    def add_up(self, x, group):
+    def add_up(self, x, group):  # exercise 3
         return x.new_zeros(*x.shape[:-1], self.size).index_add(-1, group, x)
 
-    def decompress(self, z):
+    def decompress(self, z):  # exercise 3
         return z.index_select(-1, self.out_group)  # (..., r̂) -> (..., d)
 
     def gather(self, g):
@@ -164,14 +164,14 @@ class Decoupling(Operator):
         super().__init__(in_features, out_features, size)
         self.rows, self.fold = math.ceil(in_features / size), fold
 
-    def compress(self, x):
+    def compress(self, x):  # exercise 5
         x = F.pad(x, (0, self.rows * self.size - self.in_features))
         return self.rotate(x.unflatten(-1, (self.rows, self.size)))  # (..., k) -> (..., n, r̂)
 
     def rotate(self, rows, back=False):
         return rows  # for Rotation to say
 
-    def decompress(self, z):
+    def decompress(self, z):  # exercise 6
         y = z.flatten(-2)  # (..., n, r̂) -> (..., n r̂)
         resize = fold if self.fold and y.shape[-1] > self.out_features else tile
         return resize(y, self.out_features)  # (..., d)
@@ -206,13 +206,13 @@ class Decoupling(Operator):
         return self.rotate(products).sum(1)  # (r̂, n, r̂) -> (r̂, r̂)
 
 
-def tile(y, length):
+def tile(y, length):  # exercise 6
     """Repeat the last dimension up to a length, and cut what is beyond. The transpose of `fold`."""
     copies = math.ceil(length / y.shape[-1])
     return (torch.cat([y] * copies, dim=-1) if copies > 1 else y)[..., :length]
 
 
-def fold(y, length):
+def fold(y, length):  # exercise 6
     """Cut the last dimension, which is longer, into pieces of a length and add them up. The transpose of `tile`."""
     whole = y.shape[-1] // length * length
     rest = F.pad(y[..., whole:], (0, whole + length - y.shape[-1]))
@@ -226,14 +226,14 @@ class Rotation(Decoupling):
     as it is.
     """
 
-    def __init__(self, in_features, out_features, size, fold=False):
+    def __init__(self, in_features, out_features, size, fold=False):  # exercise 7
         super().__init__(in_features, out_features, size, fold)
         theta = 10000 ** (-2 * torch.arange(size // 2, dtype=torch.float64) / size)
         angle = torch.arange(self.rows, dtype=torch.float64)[:, None] * theta  # (n, r̂ // 2)
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
-    def rotate(self, rows, back=False):
+    def rotate(self, rows, back=False):  # exercise 7
         n, half = rows.shape[-2], self.size // 2
         a, b, rest = rows.tensor_split((half, 2 * half), dim=-1)
         cos, sin = self.cos[:n].to(rows.dtype), self.sin[:n].to(rows.dtype)
@@ -272,7 +272,7 @@ class Adapter(nn.Module):
     def new_parameter(self, *shape):
         return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.linear.weight.device))
 
-    def forward(self, x):
+    def forward(self, x):  # exercise 8
         return self.linear(x) + self.update(self.dropout(x))  # (..., k) -> (..., d)
 
     def update(self, x):
@@ -283,7 +283,7 @@ class Adapter(nn.Module):
         """Make ΔW zero again, with a fresh A or fresh groups drawn from `generator`, as at the start."""
         raise NotImplementedError
 
-    def delta_weight(self) -> torch.Tensor:
+    def delta_weight(self) -> torch.Tensor:  # exercise 9
         """ΔW (d, k), float32 at least: column j is the update of the j-th unit vector, so it cannot disagree with
         forward (Eq. 3).
         """
@@ -291,19 +291,19 @@ class Adapter(nn.Module):
             return self.update(torch.eye(self.in_features, dtype=self.dtype, device=self.linear.weight.device)).T
 
     @torch.no_grad()
-    def merged_weight(self):
+    def merged_weight(self):  # exercise 10
         """W0 + ΔW (d, k), added in float32 at least and rounded once to W0's type."""
         return (self.linear.weight.to(self.dtype) + self.delta_weight()).to(self.linear.weight.dtype)
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
+    def merge(self) -> nn.Linear:  # exercise 10
         """A new nn.Linear that computes what this layer computes in eval mode. This layer stays as it is."""
         merged = copy.deepcopy(self.linear)
         merged.weight.copy_(self.merged_weight())
         return merged
 
     @torch.no_grad()
-    def merge_and_reset(self, generator: torch.Generator | None = None):
+    def merge_and_reset(self, generator: torch.Generator | None = None):  # exercise 13
         """Move ΔW into W0, in place, and start again from ΔW = 0: one step of ReLoRA or ReMoRA."""
         self.linear.weight.copy_(self.merged_weight())
         self.reset(generator)
@@ -330,7 +330,7 @@ class LoRALinear(Adapter):
     B alone learns.
     """
 
-    def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False, train_A=True):
+    def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False, train_A=True):  # exercise 11
         super().__init__(linear, rank, dropout)
         self.alpha = 2 * rank if alpha is None else alpha
         self.scaling = self.alpha / (math.sqrt(rank) if rslora else rank)
@@ -338,12 +338,12 @@ class LoRALinear(Adapter):
         self.B = self.new_parameter(self.out_features, rank)
         LoRALinear.reset(self)  # not DoRA's, whose magnitude is not there yet
 
-    def update(self, x):
+    def update(self, x):  # exercise 11
         x = F.linear(x, self.A.to(x.dtype))  # (..., k) -> (..., r)
         return F.linear(x, self.B.to(x.dtype)) * self.scaling  # (..., r) -> (..., d)
 
     @torch.no_grad()
-    def reset(self, generator=None):
+    def reset(self, generator=None):  # exercise 11
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_(a=sqrt(5)), drawn on the CPU so that devices agree
         self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
         self.B.zero_()
@@ -363,24 +363,24 @@ class DoRALinear(LoRALinear):
         self.magnitude = self.new_parameter(self.out_features)
         self.magnitude.data.copy_(self.direction().detach().norm(dim=1))
 
-    def direction(self):
+    def direction(self):  # exercise 12
         return self.linear.weight.to(self.dtype) + super().delta_weight()  # V: (d, k)
 
-    def scale(self):
+    def scale(self):  # exercise 12
         with torch.no_grad():  # the length counts as a constant, which saves memory at no loss (DoRA's section 4.3)
             length = self.direction().norm(dim=1).clamp_min(1e-30)  # (d,)
         return self.magnitude / length
 
-    def forward(self, x):
+    def forward(self, x):  # exercise 12
         y = F.linear(x, self.linear.weight) + self.update(self.dropout(x))  # V x: (..., k) -> (..., d)
         y = y * self.scale().to(y.dtype)
         return y if self.linear.bias is None else y + self.linear.bias.to(y.dtype)
 
-    def delta_weight(self):
+    def delta_weight(self):  # exercise 12
         return self.scale()[:, None] * self.direction() - self.linear.weight
 
     @torch.no_grad()
-    def reset(self, generator=None):
+    def reset(self, generator=None):  # exercise 12
         super().reset(generator)
         self.magnitude.copy_(self.direction().norm(dim=1))
 
@@ -413,13 +413,13 @@ class MoRALinear(Adapter):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return MergedProduct.apply(x.to(dtype), self.M, self.linear.weight, self.linear.bias, self.operator)
 
-    def update(self, x):
+    def update(self, x):  # exercise 8
         z = self.operator.compress(x)
         z = F.linear(z, self.M.to(z.dtype))
         return self.operator.decompress(z)
 
     @torch.no_grad()
-    def reset(self, generator=None):
+    def reset(self, generator=None):  # exercise 13
         self.M.zero_()
         self.operator.regroup(generator)
 

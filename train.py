@@ -479,7 +479,7 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=fused)
 
 
-def merges_after(step, config):
+def merges_after(step, config):  # exercise 16
     """Whether adapters are merged and reset after this step: every `merge_every` steps in ReLoRA and ReMoRA, but not
     after the last.
     """
@@ -487,7 +487,15 @@ def merges_after(step, config):
     return restarts and (step + 1) % config.merge_every == 0 and step + 1 < config.max_steps
 
 
-def learning_rate(step, config):
+def restart(model, optimizer, generator):  # exercise 13
+    """Merge the adapters and start them anew, and the optimizer's memory of them too: it belongs to what was merged."""
+    mora.merge_and_reset(model, generator)
+    for adapter in mora.find_adapters(model).values():
+        for parameter in adapter.parameters():
+            optimizer.state.pop(parameter, None)
+
+
+def learning_rate(step, config):  # exercise 16
     """Linear warm-up to the peak, then the schedule's fall, which would reach 0 at `max_steps`.
 
     Where adapters start anew, after a merge or a full-rank warm-up, the rate rises once more, over `restart_warmup`
@@ -563,12 +571,9 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
                 loss.item()
                 tokens, lap, begin = 0, time.perf_counter(), time.perf_counter()
 
-            # Merge: the adapters start anew, and so does the optimizer's memory of them
+            # Merge
             if merges_after(step, config):
-                mora.merge_and_reset(model, data.seeded("merge", config.seed, step + 1))
-                for adapter in mora.find_adapters(model).values():
-                    for parameter in adapter.parameters():
-                        optimizer.state.pop(parameter, None)
+                restart(model, optimizer, data.seeded("merge", config.seed, step + 1))
 
             # Evaluate, save, report
             if (step + 1) % config.eval_every == 0 or step + 1 == last:
@@ -911,6 +916,27 @@ def results_table(results):
     return markdown(rows)
 
 
+def at_best_rate(results):  # exercise 17
+    """Of every setting, the results at its best learning rate: by the last accuracy, or loss, in the mean over seeds.
+
+    A rate that lacks a seed, because its run diverged, is not compared. A tie goes to the rate that comes first.
+    """
+    def score(result):
+        metrics = result["metrics"]
+        return metrics["char_accuracy"] if "char_accuracy" in metrics else -metrics["val_loss"]
+
+    settings = collections.defaultdict(lambda: collections.defaultdict(list))
+    for result in results:
+        if math.isfinite(score(result)):
+            settings[result["label"]][result["config"]["learning_rate"]].append(result)
+    best = []
+    for rates in settings.values():
+        seeds = max(map(len, rates.values()))
+        complete = [group for group in rates.values() if len(group) == seeds]
+        best += max(complete, key=lambda group: statistics.mean(map(score, group)))
+    return best
+
+
 def spectrum_table(results):
     """One row for each kind of layer in each run."""
     return markdown([{"run": f"{result['label']} seed{result['seed']}", "layers": kind}
@@ -988,6 +1014,9 @@ def main(argv=None):
                 status = complain(error)
         if results:
             say("\n" + results_table(results))
+            best = at_best_rate(results)
+            if 0 < len(best) < len(results):
+                say("\nEach setting at the best of its learning rates:\n" + results_table(best))
         if args.spectrum and any(result["spectra"] for result in results):
             say("\n" + spectrum_table(results))
             draw_spectra(results, Path(args.out_dir, f"{args.task}-spectra.png"))

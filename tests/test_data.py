@@ -723,6 +723,7 @@ def decoded(idx, targets):
     return rows
 
 
+@pytest.mark.ex15
 def test_the_targets_are_the_completion_and_the_end():
     pairs = some_pairs(23)
     data_set = data.PromptPairs(pairs, pairs, BYTES, block_size=256, batch_size=5, seed=0)
@@ -735,6 +736,7 @@ def test_the_targets_are_the_completion_and_the_end():
         assert (tokens[kept[-1] + 1:] == BYTES.eot_token).all() and BYTES.eot_token not in tokens[:kept[-1] + 1]
 
 
+@pytest.mark.ex15
 @pytest.mark.parametrize("longest, block_size, length", [
     (64, 256, 64), (65, 256, 128), (3, 256, 64), (128, 256, 128), (90, 100, 100), (60, 50, 50),
 ])

@@ -106,6 +106,7 @@ def adapted_net(seed=0, bias=True, rank=2, **options):
 # The size of M.
 
 
+@pytest.mark.ex1
 def test_square_size():
     hint = "r̂ = sqrt((768 + 768) 8) = 110.85 is rounded down: rounded up, M would have more parameters than LoRA"
     assert square_size(768, 768, 8) == 110, hint
@@ -114,7 +115,11 @@ def test_square_size():
         assert size**2 <= (k + d) * r, f"k = {k}, d = {d}, r = {r}: M has {size}² parameters, LoRA {(k + d) * r}"
         assert size == min(k, d) or size < min(k, d) and (size + 1)**2 > (k + d) * r, (
             f"k = {k}, d = {d}, r = {r}: {size} is not the largest size within the budget and within min(k, d)")
-        M = MoRALinear(nn.Linear(k, d), r, "rotation").M
+
+
+def test_rotation_has_an_even_size():
+    for k, d, r in itertools.product(range(1, 40, 3), range(1, 40, 3), (1, 2, 50)):
+        M, size = MoRALinear(nn.Linear(k, d), r, "rotation").M, square_size(k, d, r)
         even = size if size == 1 else size // 2 * 2
         assert M.shape == (even, even), f"rotation turns coordinates in pairs: r̂ is {even} here, not {len(M)}"
 
@@ -222,6 +227,7 @@ def kind(group, size):
     return "contiguous" if torch.equal(group, group.sort().values) else "random"
 
 
+@pytest.mark.ex14
 @pytest.mark.parametrize("k, d, rank", [(12, 20, 1), (13, 20, 2), (31, 17, 3), (17, 31, 5), (9, 9, 2)])
 @pytest.mark.parametrize("groups", ["strided", "contiguous", "random", *CYCLE, "cycle"], ids=str)
 def test_groups(groups, k, d, rank):
@@ -277,6 +283,7 @@ def test_mora_is_the_formula(options):
     assert_close(layer.delta_weight(), matrix(layer.operator, layer.M, 13), "ΔW is M between compress and decompress")
 
 
+@pytest.mark.ex11
 @pytest.mark.parametrize("options, scaling", [(dict(), 2), (dict(alpha=3), 3 / 4), (dict(alpha=3, rslora=True), 3 / 2)])
 def test_lora_is_the_formula(options, scaling):
     _, layer = adapted(7, 5, rank=4, method="lora", **options)
@@ -289,6 +296,7 @@ def dora(layer, x, adapter_x):
     return layer.magnitude / (W + BA).norm(dim=1).detach() * (x @ W.T + adapter_x @ BA.T) + layer.linear.bias
 
 
+@pytest.mark.ex12
 def test_dora_is_the_formula():
     _, layer = adapted(5, 8, method="dora")
     x, upstream = randn(2, 5).requires_grad_(), randn(2, 8)
@@ -485,6 +493,7 @@ def test_start(bias, options):
     assert sum(parameter.numel() for parameter in trainable.values()) <= budget, f"LoRA has (k + d) r, {budget} in all"
 
 
+@pytest.mark.ex11
 def test_A_starts_as_kaiming():
     A = LoRALinear(nn.Linear(400, 8), rank=8).A
     assert 0.049 < A.abs().max() <= 0.05, "A is uniform within 1 / sqrt(k) = 0.05"
@@ -613,6 +622,7 @@ def test_merging_into_bfloat16_rounds_once(std):
                 f"merge {merge}: W0 and ΔW are to be added in float32 and the sum rounded once")
 
 
+@pytest.mark.ex14
 @pytest.mark.parametrize("groups, expected", [("strided", [9] * 6), ("cycle", [9, 17, 17, 17, 17, 17]),
                                               ("random", [9, 17, 25, 33, 41, 48])])
 def test_rank_of_remora(groups, expected):

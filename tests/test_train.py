@@ -75,12 +75,14 @@ def config(**changes):
     return argparse.Namespace(**settings | changes)
 
 
+@pytest.mark.ex16
 def test_learning_rate_rises_and_falls_linearly():
     rates = [train.learning_rate(step, config()) for step in range(24)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[4:] == pytest.approx([1 - i / 20 for i in range(20)])
 
 
+@pytest.mark.ex16
 def test_learning_rate_restarts_on_the_cosine():
     curve = [train.learning_rate(step, config(schedule="cosine")) for step in range(24)]
     jagged = [train.learning_rate(step, config(schedule="cosine", method="remora")) for step in range(24)]
@@ -90,12 +92,14 @@ def test_learning_rate_restarts_on_the_cosine():
     assert [jagged[step] for step in others] == pytest.approx([curve[step] for step in others])
 
 
+@pytest.mark.ex16
 def test_learning_rate_after_a_full_rank_warmup():
     rates = [train.learning_rate(step, config(schedule="constant", full_warmup=6, restart_warmup=4)) for step in range(12)]
     assert rates[6:] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
     assert train.learning_rate(7, config(schedule="constant", full_warmup=6, method="full")) == 1
 
 
+@pytest.mark.ex16
 def test_merges_come_every_so_often_but_not_at_the_end():
     assert [step for step in range(24) if train.merges_after(step, config(method="remora"))] == [7, 15]
     assert not any(train.merges_after(step, config(method="mora")) for step in range(24))

@@ -1,0 +1,440 @@
+"""The graders, graded: each exercise's tests fail while it is taken out and catch the wrong answers listed here, and they
+pass right answers of other designs. Then the command line of tests/exercise.py.
+
+A wrong answer is a small change of the solution, old text -> new text, in one function. The changed sources are loaded
+in this process, under the graders, whose tests are called one by one; no pytest is started for each.
+"""
+
+import functools
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import exercise
+
+ROOT = Path(__file__).parent.parent
+EXERCISES = (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
+PATHS = [ROOT / name for name in exercise.FILES]
+GRADERS = [ROOT / "tests" / name for name in ("test_mora.py", "test_data.py", "test_train.py", "test_exercises.py")]
+TITLES, PARTS = exercise.find_exercises()
+
+# (exercise, what is wrong, function, old text, new text)
+WRONG = [
+    (1, "rounded, not floored", "square_size", "math.isqrt((in_features + out_features) * rank)",
+     "round(math.sqrt((in_features + out_features) * rank))"),
+    (1, "rounded up", "square_size", "math.isqrt((in_features + out_features) * rank)",
+     "math.ceil(math.sqrt((in_features + out_features) * rank))"),
+    (1, "not capped by k and d", "square_size", ", in_features, out_features)", ", 10**9)"),
+    (1, "capped by the larger of the two", "square_size", ", in_features, out_features)", ", max(in_features, out_features))"),
+    (1, "k d instead of k + d", "square_size", "in_features + out_features", "in_features * out_features"),
+    (1, "the budget of r = 1", "square_size", " * rank)", ")"),
+
+    (2, "the last inputs", "Truncation.compress", ":self.size", "-self.size:"),
+    (2, "written at the end", "Truncation.decompress", "(0, self.out_features - self.size)",
+     "(self.out_features - self.size, 0)"),
+    (2, "repeated instead of zeros", "Truncation.decompress", "return F.pad(z, (0, self.out_features - self.size))",
+     "return torch.cat([z] * self.out_features, dim=-1)[..., :self.out_features]"),
+
+    (3, "the mean of a group", "Sharing.compress", "return z.index_add(-1, self.in_group, x)",
+     "return z.index_add(-1, self.in_group, x) / self.in_group.bincount(minlength=self.size).clamp(min=1)"),
+    (3, "the last of a group", "Sharing.compress", "index_add", "index_copy"),
+    (3, "strided whatever the groups", "Sharing.compress", "self.in_group", "torch.arange(self.in_features) % self.size"),
+    (3, "groups of consecutive outputs", "Sharing.decompress", "self.out_group",
+     "torch.arange(self.out_features) * self.size // self.out_features"),
+    (3, "an output's share instead of a copy", "Sharing.decompress", "return z", "return z / self.out_features * self.size"),
+
+    (4, "groups off by one", "Sharing.deal", "return i % self.size", "return (i + 1) % self.size"),
+    (4, "rounded up: the last groups are short", "Sharing.deal", "i * self.size // features",
+     "i // -(-features // self.size)"),
+    (4, "rounded down: the last group is long", "Sharing.deal", "i * self.size // features",
+     "(i // (features // self.size)).clamp(max=self.size - 1)"),
+    (4, "contiguous taken for strided", "Sharing.deal", 'kind == "contiguous"', 'kind == "strided"'),
+    (4, "random groups are uneven", "Sharing.deal", "torch.randperm(features, generator=generator)",
+     "torch.randint(features, (features,), generator=generator)"),
+    (4, "random groups ignore the generator", "Sharing.deal", "generator=generator", "generator=None"),
+    (4, "more groups than there are", "Sharing.deal", "return i % self.size", "return i % (self.size + 1)"),
+
+    (5, "every n-th input in a row", "Decoupling.compress", "x.unflatten(-1, (self.rows, self.size))",
+     "x.unflatten(-1, (self.size, self.rows)).mT"),
+    (5, "the first inputs fed in twice", "Decoupling.compress",
+     "F.pad(x, (0, self.rows * self.size - self.in_features))",
+     "torch.cat([x] * (self.rows * self.size // self.in_features + 1), dim=-1)[..., :self.rows * self.size]"),
+    (5, "padded in front", "Decoupling.compress", "(0, self.rows * self.size - self.in_features)",
+     "(self.rows * self.size - self.in_features, 0)"),
+    (5, "padded twice", "Decoupling.compress", "return x.unflatten(-1, (self.rows, self.size))",
+     "return F.pad(x, (0, self.size)).unflatten(-1, (self.rows + 1, self.size))"),
+    (5, "what fills no row is dropped", "Decoupling.compress", "self.rows * self.size - self.in_features",
+     "self.in_features // self.size * self.size - self.in_features"),
+
+    (6, "cut instead of folded", "Decoupling.decompress", "elif self.fold:", "elif False:"),
+    (6, "folded without being asked", "Decoupling.decompress", "elif self.fold:", "else:"),
+    (6, "the mean of what is folded", "Decoupling.decompress", ".sum(-2)", ".mean(-2)"),
+    (6, "folded in turn, like cards", "Decoupling.decompress", "y.unflatten(-1, (folds, self.out_features)).sum(-2)",
+     "y.unflatten(-1, (self.out_features, folds)).sum(-1)"),
+    (6, "what fills no fold is cut", "Decoupling.decompress", "math.ceil(y.shape[-1] / self.out_features)",
+     "max(1, y.shape[-1] // self.out_features)"),
+    (6, "zeros instead of repeated", "Decoupling.decompress", "torch.cat([y] * copies, dim=-1)",
+     "F.pad(y, (0, self.out_features))"),
+    (6, "each number repeated", "Decoupling.decompress", "torch.cat([y] * copies, dim=-1)",
+     "y.repeat_interleave(copies, dim=-1)"),
+    (6, "the rows mixed up", "Decoupling.decompress", "z.flatten(-2)", "z.mT.flatten(-2)"),
+
+    (7, "turned the other way", "Rotation.compress", "a * cos - b * sin, b * cos + a * sin",
+     "a * cos + b * sin, b * cos - a * sin"),
+    (7, "a reflection", "Rotation.compress", "a * cos - b * sin", "a * cos + b * sin"),
+    (7, "neighbours are pairs", "Rotation.compress",
+     "a, b, rest = super().compress(x).tensor_split((self.size // 2, self.size // 2 * 2), dim=-1)",
+     "x = super().compress(x); a, b, rest = x[..., :-1:2], x[..., 1::2], x[..., self.size // 2 * 2:]"),
+    (7, "the halves exchanged", "Rotation.compress", "torch.cat([a * cos - b * sin, b * cos + a * sin",
+     "torch.cat([b * cos + a * sin, a * cos - b * sin"),
+    (7, "rows counted from 1", "Rotation.__init__", "torch.arange(self.rows, dtype=torch.float64)",
+     "torch.arange(1, self.rows + 1, dtype=torch.float64)"),
+    (7, "the exponent without the 2", "Rotation.__init__", "-2 * torch.arange", "-1 * torch.arange"),
+    (7, "the exponent's sign", "Rotation.__init__", "-2 * torch.arange", "2 * torch.arange"),
+    (7, "theta counted from 1", "Rotation.__init__", "torch.arange(size // 2,", "torch.arange(1, size // 2 + 1,"),
+    (7, "the last of an odd size lost", "Rotation.compress", ", rest], dim", ", 0 * rest], dim"),
+    (7, "tables in the state dict", "Rotation.__init__", '"cos", angle.cos().float(), persistent=False',
+     '"cos", angle.cos().float()'),
+
+    (8, "W0 forgotten", "Adapter.forward", "self.linear(x) + ", ""),
+    (8, "the bias forgotten", "Adapter.forward", "self.linear(x)", "F.linear(x, self.linear.weight)"),
+    (8, "dropout on the frozen path", "Adapter.forward", "self.linear(x)", "self.linear(self.dropout(x))"),
+    (8, "dropout on both", "Adapter.forward", "self.linear(x) + self.update(self.dropout(x))",
+     "self.dropout(self.linear(x) + self.update(x))"),
+    (8, "dropout in eval mode", "Adapter.forward", "self.dropout(x)", "F.dropout(x, self.dropout.p, training=True)"),
+    (8, "no dropout", "Adapter.forward", "self.dropout(x)", "x"),
+    (8, "M transposed", "MoRALinear.update", "self.M.to", "self.M.T.to"),
+    (8, "no gradient for M", "MoRALinear.update", "self.M.to", "self.M.detach().to"),
+    (8, "compress forgotten", "MoRALinear.update", "self.operator.compress(x)", "x[..., :self.operator.size]"),
+    (8, "scaled by 2, as LoRA is", "MoRALinear.update", "self.M.to(z.dtype)", "2 * self.M.to(z.dtype)"),
+
+    (9, "not transposed back", "Adapter.delta_weight", ".T", ""),
+    (9, "W0 in it", "Adapter.delta_weight", "self.update(", "(lambda x: F.linear(x, self.linear.weight) + self.update(x))("),
+    (9, "the bias in it", "Adapter.delta_weight", "self.update(", "self("),
+    (9, "dropout in it", "Adapter.delta_weight", "self.update(", "(lambda x: self.update(self.dropout(x)))("),
+    (9, "in the weight's own precision", "Adapter.delta_weight", "dtype=self.dtype", "dtype=self.linear.weight.dtype"),
+    (9, "rounded by autocast", "Adapter.delta_weight", "enabled=False", "enabled=torch.is_autocast_enabled('cpu')"),
+
+    (10, "merged in bfloat16", "Adapter.merged_weight", "self.linear.weight.to(self.dtype) + self.delta_weight()",
+     "self.linear.weight + self.delta_weight().to(self.linear.weight.dtype)"),
+    (10, "left in float32", "Adapter.merged_weight", ".to(self.linear.weight.dtype)", ""),
+    (10, "subtracted", "Adapter.merged_weight", "+ self.delta_weight()", "- self.delta_weight()"),
+    (10, "the layer's own weight changed", "Adapter.merge", "copy.deepcopy(self.linear)", "self.linear"),
+    (10, "memory shared", "Adapter.merge", "copy.deepcopy(self.linear)", "copy.copy(self.linear)"),
+    (10, "the bias's memory shared", "Adapter.merge", "return merged", "merged.bias = self.linear.bias; return merged"),
+    (10, "the bias lost", "Adapter.merge", "return merged", "merged.bias = None; return merged"),
+    (10, "only the update", "Adapter.merge", "self.merged_weight()", "self.delta_weight()"),
+
+    (11, "alpha instead of alpha / r", "LoRALinear.__init__", "self.alpha / (math.sqrt(rank) if rslora else rank)", "self.alpha"),
+    (11, "alpha = r by default", "LoRALinear.__init__", "2 * rank if", "rank if"),
+    (11, "rsLoRA's root forgotten", "LoRALinear.__init__", "(math.sqrt(rank) if rslora else rank)", "rank"),
+    (11, "A and B exchanged at the start", "LoRALinear.reset", "self.B.zero_()", "self.B.copy_(torch.randn_like(self.B)); self.A.zero_()"),
+    (11, "both zero: nothing would ever learn", "LoRALinear.reset", "self.B.zero_()", "self.B.zero_(); self.A.zero_()"),
+    (11, "A not drawn again", "LoRALinear.reset", "self.A.copy_(", "self.A.any() or self.A.copy_("),
+    (11, "A ignores the generator", "LoRALinear.reset", "generator=generator", "generator=None"),
+    (11, "A twice too wide", "LoRALinear.reset", "1 / math.sqrt", "2 / math.sqrt"),
+    (11, "A bounded by r, not by k", "LoRALinear.reset", "math.sqrt(self.in_features)", "math.sqrt(self.rank)"),
+    (11, "a new tensor for B", "LoRALinear.reset", "self.B.zero_()", "self.B = nn.Parameter(torch.zeros_like(self.B))"),
+    (11, "AsyLoRA trains A", "LoRALinear.__init__", ".requires_grad_(train_A)", ""),
+    (11, "scaled twice", "LoRALinear.update", "self.A.to(x.dtype)", "self.scaling * self.A.to(x.dtype)"),
+
+    (12, "the norm not detached", "DoRALinear.scale", "torch.no_grad()", "torch.enable_grad()"),
+    (12, "the norm of columns", "DoRALinear.scale", "self.direction().norm(dim=1)",
+     "self.direction().norm(dim=0).mean().expand(self.out_features)"),
+    (12, "the norm of W0 only", "DoRALinear.scale", "self.direction().norm", "self.linear.weight.norm"),
+    (12, "one norm for the whole matrix", "DoRALinear.scale", ".norm(dim=1)", ".norm()"),
+    (12, "the bias scaled too", "DoRALinear.forward", "F.linear(x, self.linear.weight) +", "self.linear(x) +"),
+    (12, "the bias forgotten", "DoRALinear.forward", "return y if self.linear.bias is None else y + self.linear.bias.to(y.dtype)", "return y"),
+    (12, "W0 counted twice in V", "DoRALinear.direction", "self.linear.weight.to(self.dtype)", "2 * self.linear.weight.to(self.dtype)"),
+    (12, "ΔW still holds W0", "DoRALinear.delta_weight", " - self.linear.weight", ""),
+    (12, "magnitude not reset", "DoRALinear.reset", "self.magnitude.copy_(self.direction().norm(dim=1))", "pass"),
+    (12, "magnitude becomes 1", "DoRALinear.reset", "self.direction().norm(dim=1)", "torch.ones_like(self.magnitude)"),
+
+    (13, "reset before the merge", "Adapter.merge_and_reset", "self.linear.weight.copy_(self.merged_weight())",
+     "self.reset(generator); self.linear.weight.copy_(self.merged_weight())"),
+    (13, "not merged", "Adapter.merge_and_reset", "self.linear.weight.copy_(self.merged_weight())", "pass"),
+    (13, "not reset", "Adapter.merge_and_reset", "self.reset(generator)", "pass"),
+    (13, "a new tensor for the weight", "Adapter.merge_and_reset", "self.linear.weight.copy_(self.merged_weight())",
+     "self.linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)"),
+    (13, "the generator not passed on", "Adapter.merge_and_reset", "self.reset(generator)", "self.reset()"),
+    (13, "M kept", "MoRALinear.reset", "self.M.zero_()", "pass"),
+    (13, "the groups kept", "MoRALinear.reset", "self.operator.regroup(generator)", "pass"),
+    (13, "groups without the generator", "MoRALinear.reset", "regroup(generator)", "regroup()"),
+    (13, "a new tensor for M", "MoRALinear.reset", "self.M.zero_()", "self.M = nn.Parameter(torch.zeros_like(self.M))"),
+    (13, "the optimizer remembers", "restart", "optimizer.state.pop(parameter, None)", "pass"),
+    (13, "the optimizer forgets everything", "restart", "optimizer.state.pop(parameter, None)", "optimizer.state.clear()"),
+    (13, "restart without the generator", "restart", "(model, generator)", "(model)"),
+
+    (14, "the first pair for ever", "Sharing.regroup", "self.turn += 1", "self.turn.zero_()"),
+    (14, "a cycle of two", "Sharing.regroup", "len(self.pairs)", "min(2, len(self.pairs))"),
+    (14, "inputs and outputs exchanged", "Sharing.regroup", "in_kind, out_kind =", "out_kind, in_kind ="),
+    (14, "inputs ignore the generator", "Sharing.regroup", "in_kind, generator", "in_kind, None"),
+    (14, "outputs ignore the generator", "Sharing.regroup", "out_kind, generator", "out_kind, None"),
+    (14, "new tensors for the groups", "Sharing.regroup", "self.in_group.copy_(self.deal(self.in_features, in_kind, generator))",
+     "self.in_group = self.deal(self.in_features, in_kind, generator)"),
+    (14, "the outputs keep their groups", "Sharing.regroup", "self.out_group.copy_(self.deal(self.out_features, out_kind, generator))",
+     "self.turn > 0 or self.out_group.copy_(self.deal(self.out_features, out_kind, generator))"),
+
+    (15, "the mask one too early", "PromptPairs.pad", "targets[i, prompt - 1:len(tokens) - 1] = tokens[prompt:]",
+     "targets[i, max(0, prompt - 2):len(tokens) - 1] = tokens[max(1, prompt - 1):]"),
+    (15, "the mask one too late", "PromptPairs.pad", "targets[i, prompt - 1:len(tokens) - 1] = tokens[prompt:]",
+     "targets[i, prompt:len(tokens) - 1] = tokens[prompt + 1:]"),
+    (15, "the targets not shifted", "PromptPairs.pad", "targets[i, prompt - 1:len(tokens) - 1] = tokens[prompt:]",
+     "targets[i, prompt:len(tokens)] = tokens[prompt:]"),
+    (15, "the prompt is a target too", "PromptPairs.pad", "targets[i, prompt - 1:len(tokens) - 1] = tokens[prompt:]",
+     "targets[i, :len(tokens) - 1] = tokens[1:]"),
+    (15, "padding counts", "PromptPairs.pad", "torch.full_like(idx, -100)", "idx.clone()"),
+    (15, "the end is not learned", "PromptPairs.pad", "len(tokens) - 1] = tokens[prompt:]", "len(tokens) - 2] = tokens[prompt:-1]"),
+    (15, "padded to the longest row only", "PromptPairs.pad", "min(-(-longest // 64) * 64, self.block_size)", "longest"),
+
+    (16, "a restart to the peak, not to the curve", "learning_rate", "return config.learning_rate * rise * fall",
+     "return config.learning_rate * rise * (1 if restart and step - restart < config.restart_warmup else fall)"),
+    (16, "a restart one step early", "learning_rate", "step // config.merge_every", "(step + 1) // config.merge_every"),
+    (16, "a restart one step late", "learning_rate", "(step - restart + 1)", "(step - restart)"),
+    (16, "no restart", "learning_rate", "if restart:", "if False:"),
+    (16, "the warm-up forgotten", "learning_rate", "rise = min(1.0, (step + 1) / max(1, config.warmup_steps))", "rise = 1.0"),
+    (16, "the warm-up begins at 0", "learning_rate", "(step + 1) / max(1, config.warmup_steps)", "step / max(1, config.warmup_steps)"),
+    (16, "the fall begins at step 0", "learning_rate",
+     "max(0.0, (step - config.warmup_steps) / (config.max_steps - config.warmup_steps))", "step / config.max_steps"),
+    (16, "the cosine not halved", "learning_rate", "(1 + math.cos(math.pi * progress)) / 2", "math.cos(math.pi * progress)"),
+    (16, "every method restarts", "learning_rate", 'if config.method in ("relora", "remora"):', "if True:"),
+    (16, "a merge on the last step", "merges_after", " and step + 1 < config.max_steps", ""),
+    (16, "merges one step late", "merges_after", "(step + 1) % config.merge_every == 0", "step > 0 and step % config.merge_every == 0"),
+    (16, "every method merges", "merges_after", "restarts and", "True and"),
+
+    (17, "the best single seed", "at_best_rate", "statistics.mean(map(score, group))", "max(map(score, group))"),
+    (17, "the last seed", "at_best_rate", "statistics.mean(map(score, group))", "score(group[-1])"),
+    (17, "the loss where there is an accuracy", "at_best_rate", '"char_accuracy" in metrics else -metrics["val_loss"]',
+     'False else -metrics.get("val_loss", metrics.get("loss", 0))'),
+    (17, "the highest loss", "at_best_rate", '-metrics["val_loss"]', 'metrics["val_loss"]'),
+    (17, "the training loss", "at_best_rate", '-metrics["val_loss"]', '-metrics.get("loss", 0)'),
+    (17, "the worst", "at_best_rate", "best += max(", "best += min("),
+    (17, "one rate for all methods", "at_best_rate", "return best",
+     'rate = best[0]["config"]["learning_rate"]; return [r for r in results if r["config"]["learning_rate"] == rate]'),
+    (17, "a rate at which a seed diverged", "at_best_rate", "len(group) == seeds", "True"),
+    (17, "a loss that is no number", "at_best_rate", "if math.isfinite(score(result)):", "if True:"),
+    (17, "one seed only", "at_best_rate", "return best", "return best[::2]"),
+]
+
+# Operators that exercise 18 must refuse, as what differs from truncation
+WRONG_OPERATORS = {
+    "not linear": "def compress(self, x): return super().compress(x).relu()",
+    "a constant added": "def decompress(self, z): return super().decompress(z) + 1",
+    "random numbers in each call": "def compress(self, x): return super().compress(x) * torch.rand(self.size)",
+    "parameters of its own": "def __init__(self, k, d, size): super().__init__(k, d, size); self.scale = nn.Parameter(torch.ones(k))",
+    "no gradient": "def decompress(self, z): return super().decompress(z).detach()",
+    "the input changed": "def compress(self, x): return super().compress(x.mul_(2))",
+    "a mean over the batch": "def compress(self, x): return super().compress(x - x.mean(0))",
+    "a vector alone not taken": "def compress(self, x): return super().compress(x).flatten(1) if x.dim() < 3 else super().compress(x)",
+    "too few outputs": "def decompress(self, z): return super().decompress(z)[..., :-1]",
+    "another function in training": "def compress(self, x): return super().compress(x) * (1 + self.training)",
+    "nothing at all": "def decompress(self, z): return 0 * super().decompress(z)",
+}
+
+# Right answers of other designs, which the graders must accept: (exercise, what, function, body)
+RIGHT = [
+    (1, "by trying", "square_size", "check_rank(rank)\nsize = 1\nwhile (size + 1)**2 <= (in_features + out_features) * rank and "
+     "size < min(in_features, out_features):\n    size += 1\nreturn size"),
+    (2, "by a matrix of ones and zeros", "Truncation.decompress",
+     "return z @ torch.eye(self.size, self.out_features, dtype=z.dtype)"),
+    (3, "by one-hot matrices", "Sharing.compress", "return x @ F.one_hot(self.in_group, self.size).to(x.dtype)"),
+    (3, "by a reshape, after sorting", "Sharing.compress",
+     "order, longest = self.in_group.argsort(stable=True), -(-self.in_features // self.size)\n"
+     "lengths = self.in_group.bincount(minlength=self.size).tolist()\n"
+     "rows = [F.pad(part, (0, longest - part.shape[-1])) for part in x[..., order].split(lengths, dim=-1)]\n"
+     "return torch.cat(rows, dim=-1).unflatten(-1, (self.size, longest)).sum(-1)"),
+    (4, "by lists", "Sharing.deal",
+     "strided = [j % self.size for j in range(features)]\n"
+     "if kind == 'contiguous':\n    return torch.tensor(sorted(strided))\n"
+     "if kind == 'random':\n    return torch.tensor(strided)[torch.randperm(features, generator=generator)]\n"
+     "return torch.tensor(strided)"),
+    (5, "by split and stack", "Decoupling.compress",
+     "x = torch.cat([x, x.new_zeros(*x.shape[:-1], -self.in_features % self.size)], dim=-1)\n"
+     "return torch.stack(x.split(self.size, dim=-1), dim=-2)"),
+    (6, "by the indices of the formula", "Decoupling.decompress",
+     "y = z.flatten(-2)\nn, d = y.shape[-1], self.out_features\n"
+     "i = torch.arange(max(d, n) if self.fold else d)\n"
+     "return y.new_zeros(*y.shape[:-1], d).index_add(-1, i % d, y[..., i % n])"),
+    (7, "by complex numbers", "Rotation.compress",
+     "x, half = super().compress(x), self.size // 2\n"
+     "turned = torch.complex(x[..., :half], x[..., half:2 * half]) * torch.complex(self.cos, self.sin)\n"
+     "return torch.cat([turned.real, turned.imag, x[..., 2 * half:]], dim=-1)"),
+    (8, "by matrices", "MoRALinear.update", "return self.operator.decompress(self.operator.compress(x) @ self.M.T.to(x.dtype))"),
+    (9, "column by column", "Adapter.delta_weight",
+     "with torch.autocast(self.linear.weight.device.type, enabled=False):\n"
+     "    units = torch.eye(self.in_features, dtype=self.dtype, device=self.linear.weight.device)\n"
+     "    return torch.stack([self.update(unit) for unit in units], dim=1)"),
+    (10, "a new layer", "Adapter.merge",
+     "merged = nn.Linear(self.in_features, self.out_features, self.linear.bias is not None, dtype=self.linear.weight.dtype)\n"
+     "merged.weight.copy_(self.merged_weight())\n"
+     "if self.linear.bias is not None:\n    merged.bias.copy_(self.linear.bias)\nreturn merged"),
+    (11, "by the product B A", "LoRALinear.update", "return x @ (self.scaling * self.B @ self.A).T.to(x.dtype)"),
+    (12, "by the whole matrix", "DoRALinear.forward",
+     "x, dropped = x, self.dropout(x)\nscale = self.scale()[:, None]\n"
+     "y = x @ (scale * self.linear.weight).T + dropped @ (scale * (self.direction() - self.linear.weight)).T\n"
+     "return y if self.linear.bias is None else y + self.linear.bias"),
+    (14, "by the four named cases", "Sharing.regroup",
+     "self.turn += 1\npair = self.pairs[self.turn.item() % len(self.pairs)]\n"
+     "for group, kind in zip((self.in_group, self.out_group), pair):\n"
+     "    group[:] = self.deal(len(group), kind, generator)"),
+    (16, "case by case", "merges_after",
+     "if config.method not in ('relora', 'remora') or step == config.max_steps - 1:\n    return False\n"
+     "return step % config.merge_every == config.merge_every - 1"),
+]
+RIGHT_OPERATOR = """
+def compress(self, x): return F.pad(x, (0, -self.in_features % self.size)).unflatten(-1, (self.size, -1)).sum(-1)
+def decompress(self, z): return z.flip(-1)[..., torch.arange(self.out_features) % self.size]
+"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading changed sources under the graders
+
+
+@functools.lru_cache(maxsize=None)
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(path, source):
+    return compile(source, str(path), "exec")
+
+
+def change(number, name, rewrite):
+    """{path: source} in which the text of one function of an exercise is rewritten."""
+    part = next(part for part in PARTS[number] if part.name == name)
+    lines = read(part.path).split("\n")
+    lines[part.span()] = [rewrite(part.text)]
+    return {part.path: "\n".join(lines)}
+
+
+def replace(old, new):
+    def rewrite(text):
+        assert old in text, f"the list is stale: {old!r} is no longer in\n{text}"
+        return text.replace(old, new)
+    return rewrite
+
+
+def new_body(number, name, body):
+    def rewrite(text):
+        head, error = exercise.stub(text, number, name).rsplit("\n", 1)
+        return head + "\n" + textwrap.indent(body, " " * (len(error) - len(error.lstrip())))
+    return rewrite
+
+
+def new_operator(methods):
+    path, source = ROOT / "mora.py", read(ROOT / "mora.py")
+    assert source.count("\nOPERATORS = {") == 1
+    own = f"class Own(Truncation):\n{textwrap.indent(methods.strip(), '    ')}\n\n\n"
+    return {path: source.replace("\nOPERATORS = {", f"\n{own}OPERATORS = {{'own': Own, ")}
+
+
+def out(numbers):
+    """{path: source} with these exercises taken out."""
+    changed = {}
+    for part in sorted((part for number in numbers for part in PARTS[number]), key=lambda part: -part.span().start):
+        lines = changed.get(part.path, read(part.path)).split("\n")
+        lines[part.span()] = part.stub.split("\n")
+        changed[part.path] = "\n".join(lines)
+    return changed
+
+
+def tests_of(number, changed):
+    """The tests that carry an exercise's mark, loaded with everything below them from the changed sources."""
+    marked = [path for path in GRADERS if re.search(rf"mark\.ex{number}\b", read(path))]
+    tests = []
+    with pytest.MonkeyPatch.context() as patch:
+        for path in [*PATHS, *GRADERS]:
+            if path in PATHS or path in marked or path.name == "test_mora.py":
+                module = types.ModuleType(path.stem)
+                module.__file__ = str(path)
+                patch.setitem(sys.modules, path.stem, module)
+                exec(compiled(path, changed.get(path, read(path))), vars(module))
+                tests += [test for test in vars(module).values() if getattr(test, "__module__", "") == path.stem
+                          and any(mark.name == f"ex{number}" for mark in getattr(test, "pytestmark", []))]
+    assert tests, f"no test carries the mark ex{number}"
+    return tests
+
+
+def fault(test):
+    """What a test raises, called as pytest would, with each of its parameters; None if it passes."""
+    rows = []
+    for mark in test.pytestmark:
+        if mark.name == "parametrize":
+            names, values = mark.args
+            names = re.split(r", *", names)
+            rows.append([dict(zip(names, value if len(names) > 1 else [value])) for value in values])
+    for choice in itertools.product(*rows):
+        torch.manual_seed(0)
+        try:
+            test(**{name: value for chosen in choice for name, value in chosen.items()})
+        except (Exception, pytest.fail.Exception) as error:
+            return error
+
+
+def faults(number, changed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {test.__name__: fault(test) for test in tests_of(number, changed)}
+
+
+def caught(number, changed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return any(fault(test) for test in tests_of(number, changed))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The proof
+
+
+@pytest.mark.parametrize("number", TITLES)
+def test_an_exercise_is_graded_by_its_own_tests(number):
+    later = faults(number, out(range(number + 1, max(TITLES) + 1)))
+    assert not any(later.values()), f"with the exercises after {number} taken out, its tests should pass: {later}"
+    if PARTS[number]:
+        for name, error in faults(number, out([number])).items():
+            assert isinstance(error, NotImplementedError) and str(error).startswith(f"exercise {number}: "), (
+                f"with exercise {number} taken out, {name} should end in its NotImplementedError, not in {error!r}")
+
+
+@pytest.mark.parametrize("number, what, name, old, new", WRONG, ids=[f"ex{number}-{what}" for number, what, *_ in WRONG])
+def test_a_wrong_answer_is_caught(number, what, name, old, new):
+    assert caught(number, change(number, name, replace(old, new))), f"exercise {number}: {what} is not caught"
+
+
+@pytest.mark.parametrize("what", WRONG_OPERATORS)
+def test_a_wrong_operator_is_caught(what):
+    assert caught(18, new_operator(WRONG_OPERATORS[what])), f"an operator is not caught: {what}"
+
+
+@pytest.mark.parametrize("number, what, name, body", RIGHT, ids=[f"ex{number}-{what}" for number, what, *_ in RIGHT])
+def test_a_right_answer_of_another_design_is_accepted(number, what, name, body):
+    found = faults(number, change(number, name, new_body(number, name, body)))
+    assert not any(found.values()), f"exercise {number}, {what}: {found}"
+
+
+def test_a_right_operator_is_accepted():
+    found = faults(18, new_operator(RIGHT_OPERATOR))
+    assert not any(found.values()), found
+
+
+def test_every_exercise_has_a_text_a_mark_and_wrong_answers():
+    assert list(TITLES) == list(range(1, len(TITLES) + 1))
+    markers = dict(re.findall(r"(?m)^    ex(\d+): (.+)$", read(ROOT / "pytest.ini")))
+    assert markers == {str(number): title for number, title in TITLES.items()}, "pytest.ini and EXERCISES.md differ"
+    for number in TITLES:
+        assert f"python tests/exercise.py {number}\n" in EXERCISES or not PARTS[number]
+        assert number == 18 or any(number == wrong[0] for wrong in WRONG)
+    for number, parts in PARTS.items():
+        assert {wrong[2] for wrong in WRONG if wrong[0] == number} >= {part.name for part in parts}, f"exercise {number}"
