@@ -206,6 +206,8 @@ def parse_args(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
     add("--resume", action="store_true",
         help="continue the runs in out_dir where they stopped, and keep those that are done")
+    add("--plot", action="store_true",
+        help="draw the accuracy or loss by step of every setting at its best rate, if matplotlib is installed")
     add("--spectrum", action="store_true",
         help="show the singular values of the updates, and draw them if matplotlib is installed")
     add("--export", action="store_true",
@@ -713,7 +715,7 @@ def usable(path):
                          ) from error
 
 
-MAY_CHANGE = {"out_dir", "device", "device_name", "compile", "resume", "eval_every", "spectrum", "export"}
+MAY_CHANGE = {"out_dir", "device", "device_name", "compile", "resume", "eval_every", "plot", "spectrum", "export"}
 
 
 def check_same(path, saved, config):
@@ -787,7 +789,7 @@ def run(config, base, tokenizer):
             saved, steps, _ = dict(results["config"]), results["steps"], results_table([results])
         check_same(folder / "results.json", saved, config)
         if steps == config.max_steps and (not config.export or (folder / "model.pt").exists()):
-            say(f"\n{folder}: done before")
+            say(f"{folder}: done before")
             return results
     say(f"\n{folder}")
     if config.resume and folder.exists():
@@ -880,10 +882,14 @@ def update_spectra(model, base):
 # Results
 
 
+def mean_and_deviation(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def over_seeds(values, digits=1):
     """The mean, and the standard deviation if there are several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 def markdown(rows):
@@ -944,19 +950,46 @@ def spectrum_table(results):
                      for result in results for kind, spectrum in result["spectra"].items()])
 
 
+def draw_curves(results, path):
+    """Accuracy, or held-out loss, by step: a panel for each rank, the mean and standard deviation over seeds."""
+    metric, scale = ("char_accuracy", 100) if "char_accuracy" in results[0]["metrics"] else ("val_loss", 1)
+    panels = {}
+    for rank in sorted({result["rank"] for result in results} - {None}) or [None]:
+        settings = collections.defaultdict(list)
+        for result in results:
+            if result["rank"] in (None, rank):
+                settings[result["label"].removesuffix(f" r{rank}")].append(result["rows"])
+        panels[f"r = {rank}" if rank else "full"] = {
+            label: ([row["step"] for row in seeds[0]],
+                    *zip(*(mean_and_deviation([scale * row[metric] for row in rows]) for rows in zip(*seeds))))
+            for label, seeds in settings.items()}
+    ylabel = "hex digits right, %" if scale == 100 else "held-out loss, nats a token"
+    draw(panels, path, xlabel="step", ylabel=ylabel)
+
+
 def draw_spectra(results, path):
-    """The singular values of every run's updates, one panel for each kind of layer."""
+    """The singular values of every setting's update with its first seed: a panel for each kind of layer."""
+    panels = collections.defaultdict(dict)
+    for result in results:
+        for kind, spectrum in result["spectra"].items():
+            panels[kind].setdefault(result["label"], (range(len(spectrum["values"])), spectrum["values"], None))
+    draw(panels, path, xlabel="index", ylabel="singular value of ΔW", yscale="log", ylim=(1e-4, None))
+
+
+def draw(panels, path, **axes_settings):
+    """Write {title: {label: (x, y, error bars or None)}} as a PNG, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return say("matplotlib is not installed: no picture")
-    kinds = list(dict.fromkeys(kind for result in results for kind in result["spectra"]))
-    figure = Figure(figsize=(4 * len(kinds), 3.2), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for result in results:
-            axes.semilogy(result["spectra"].get(kind, {}).get("values", []), label=result["label"])
-        axes.set(title=kind, xlabel="index", ylabel="singular value of ΔW", ylim=(1e-4, None))
-    axes.legend()
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    figure = Figure(figsize=(4 * len(panels) + 2, 4), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for label, (x, y, error) in lines.items():
+            axes.errorbar(x, y, error, label=label, color=f"C{labels.index(label)}", capsize=2)
+        axes.set(title=title, **axes_settings)
+    handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     say(f"drawn: {path}")
 
@@ -1017,6 +1050,8 @@ def main(argv=None):
             best = at_best_rate(results)
             if 0 < len(best) < len(results):
                 say("\nEach setting at the best of its learning rates:\n" + results_table(best))
+        if args.plot and results:
+            draw_curves(at_best_rate(results), Path(args.out_dir, f"{args.task}.png"))
         if args.spectrum and any(result["spectra"] for result in results):
             say("\n" + spectrum_table(results))
             draw_spectra(results, Path(args.out_dir, f"{args.task}-spectra.png"))

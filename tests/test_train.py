@@ -188,6 +188,14 @@ def test_what_a_run_leaves(base, tmp_path, capsys):
     assert "| full" in last and "| mora rotation r2" in last, "the last thing printed is a table with a row for each run"
 
 
+def test_a_picture_is_drawn_if_it_can_be(base, tmp_path, capsys):
+    assert cli("uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "mora", "--rank", 2, 4, "--seed", 0, 1, "--max_steps", 4,
+               "--plot", "--spectrum", "--out_dir", tmp_path) == 0
+    said, pictures = capsys.readouterr().out, [tmp_path / "uuid.png", tmp_path / "uuid-spectra.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures if path.exists())
+    assert said.count("drawn: ") == sum(path.exists() for path in pictures) == 2 - said.count("matplotlib is not installed")
+
+
 def test_runs_are_the_combinations_of_what_concerns_a_method():
     args = train.parse_args("uuid --methods full lora mora remora --rank 1 2 --operator sharing --groups cycle random --seed 0 1".split())
     labels = [train.label(config) for config in train.runs(args) if config.seed == 0]
