@@ -206,8 +206,6 @@ def parse_args(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
     add("--resume", action="store_true",
         help="continue the runs in out_dir where they stopped, and keep those that are done")
-    add("--plot", action="store_true",
-        help="draw the accuracy or loss by step of every setting at its best rate, if matplotlib is installed")
     add("--spectrum", action="store_true",
         help="show the singular values of the updates, and draw them if matplotlib is installed")
     add("--export", action="store_true",
@@ -715,7 +713,7 @@ def usable(path):
                          ) from error
 
 
-MAY_CHANGE = {"out_dir", "device", "device_name", "compile", "resume", "eval_every", "plot", "spectrum", "export"}
+MAY_CHANGE = {"out_dir", "device", "device_name", "compile", "resume", "eval_every", "spectrum", "export"}
 
 
 def check_same(path, saved, config):
@@ -950,23 +948,6 @@ def spectrum_table(results):
                      for result in results for kind, spectrum in result["spectra"].items()])
 
 
-def draw_curves(results, path):
-    """Accuracy, or held-out loss, by step: a panel for each rank, the mean and standard deviation over seeds."""
-    metric, scale = ("char_accuracy", 100) if "char_accuracy" in results[0]["metrics"] else ("val_loss", 1)
-    panels = {}
-    for rank in sorted({result["rank"] for result in results} - {None}) or [None]:
-        settings = collections.defaultdict(list)
-        for result in results:
-            if result["rank"] in (None, rank):
-                settings[result["label"].removesuffix(f" r{rank}")].append(result["rows"])
-        panels[f"r = {rank}" if rank else "full"] = {
-            label: ([row["step"] for row in seeds[0]],
-                    *zip(*(mean_and_deviation([scale * row[metric] for row in rows]) for rows in zip(*seeds))))
-            for label, seeds in settings.items()}
-    ylabel = "hex digits right, %" if scale == 100 else "held-out loss, nats a token"
-    draw(panels, path, xlabel="step", ylabel=ylabel)
-
-
 def draw_spectra(results, path):
     """The singular values of every setting's update with its first seed: a panel for each kind of layer."""
     panels = collections.defaultdict(dict)
@@ -1050,8 +1031,6 @@ def main(argv=None):
             best = at_best_rate(results)
             if 0 < len(best) < len(results):
                 say("\nEach setting at the best of its learning rates:\n" + results_table(best))
-        if args.plot and results:
-            draw_curves(at_best_rate(results), Path(args.out_dir, f"{args.task}.png"))
         if args.spectrum and any(result["spectra"] for result in results):
             say("\n" + spectrum_table(results))
             draw_spectra(results, Path(args.out_dir, f"{args.task}-spectra.png"))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import compare
 import data
 import mora
 import train
@@ -188,12 +189,15 @@ def test_what_a_run_leaves(base, tmp_path, capsys):
     assert "| full" in last and "| mora rotation r2" in last, "the last thing printed is a table with a row for each run"
 
 
-def test_a_picture_is_drawn_if_it_can_be(base, tmp_path, capsys):
-    assert cli("uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "mora", "--rank", 2, 4, "--seed", 0, 1, "--max_steps", 4,
-               "--plot", "--spectrum", "--out_dir", tmp_path) == 0
+def test_pictures_are_drawn_if_they_can_be(base, tmp_path, capsys):
+    assert cli("uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "mora", "--rank", 2, 4, "--seed", 0, 1,
+               "--max_steps", 4, "--spectrum", "--out_dir", tmp_path) == 0
+    compare.main([str(tmp_path / "uuid.png"), *map(str, tmp_path.glob("uuid-*seed?"))])
     said, pictures = capsys.readouterr().out, [tmp_path / "uuid.png", tmp_path / "uuid-spectra.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures if path.exists())
     assert said.count("drawn: ") == sum(path.exists() for path in pictures) == 2 - said.count("matplotlib is not installed")
+    tables = [[line for line in said.splitlines() if line.startswith(f"| {label} ")] for label in ("lora r2", "mora rotation r4")]
+    assert all(len(lines) == 2 and lines[0].split("|")[:-2] == lines[1].split("|")[:-2] for lines in tables), "two tables agree"
 
 
 def test_runs_are_the_combinations_of_what_concerns_a_method():
