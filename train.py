@@ -448,13 +448,13 @@ def demo_base(args):
     identity = json.dumps([size, DEMO_BASE, args.dtype, sys.version_info[:2]])  # each Python has another library
     folder = Path(args.out_dir, f"base-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
     if not (folder / "model.pt").exists():
-        say("pretraining the demo's base, once: half Python's standard library, half random pairs")
         fixed = dict(method="full", accumulate=1, full_warmup=0, eval_every=DEMO_BASE["max_steps"] // 4)
         machine = {name: getattr(args, name) for name in ("device", "dtype", "compile", "resume")}
         config = argparse.Namespace(**DEMO_BASE, **fixed, **machine)
         torch.manual_seed(config.seed)
         model = GPT(GPTConfig(**size)).to(config.device)
         mora.find_targets(model, args.targets)  # a wrong name is found before the work
+        say("pretraining the demo's base, once: half Python's standard library, half random pairs")
         text = data.DemoText(config.text_size, tokenizer, config.batch_size, config.seed, config.device)
         train(model, text, lambda model: {"loss_on_new_rows": model(*text.batch(-1))[1].item()}, config, folder)
         write(folder / "model.pt", model.export)
