@@ -20,13 +20,15 @@ import pytest
 import torch
 
 import exercise
-import test_mora  # noqa: F401  before any source is changed: the graders use helpers of it that call nothing of mora.py
+import test_mora  # before any source is changed: the graders take helpers from it, which call nothing of mora.py
 
 ROOT = Path(__file__).parent.parent
 EXERCISES = (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
 PATHS = [ROOT / name for name in exercise.FILES]
 GRADERS = [ROOT / "tests" / name for name in ("test_mora.py", "test_data.py", "test_train.py", "test_exercises.py")]
 TITLES, PARTS = exercise.find_exercises()
+pytestmark = pytest.mark.skipif(any(part.kept.exists() for parts in PARTS.values() for part in parts),
+                                reason="an exercise is out, and the graders are graded by the solutions")
 
 # (exercise, what is wrong, function, old text, new text)
 WRONG = [
@@ -445,3 +447,115 @@ def test_every_exercise_has_a_text_a_mark_and_wrong_answers():
         assert number == 18 or any(number == wrong[0] for wrong in WRONG)
     for number, parts in PARTS.items():
         assert {wrong[2] for wrong in WRONG if wrong[0] == number} >= {part.name for part in parts}, f"exercise {number}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line of tests/exercise.py
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project as a downloaded archive is: no git."""
+    for path in (*PATHS, ROOT / "EXERCISES.md", ROOT / "README.md", ROOT / "pytest.ini"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("kept", "__pycache__"))
+    return tmp_path
+
+
+def test_as_a_student_types_it(project):
+    def python(*words):
+        run = subprocess.run([sys.executable, *words], cwd=project, capture_output=True, text=True, encoding="utf-8")
+        return run.returncode, run.stdout + run.stderr
+
+    def state():
+        return re.search("(?m)^ 5  Decoupling, inwards +(.+)$", python("tests/exercise.py")[1])[1]
+
+    before = (project / "mora.py").read_bytes()
+    assert state() == "solution in place"
+    assert python("tests/exercise.py", "5")[0] == 0 and state() == "taken out"
+    status, text = python("-m", "pytest", "-q", "-m", "ex5")
+    assert status == 1 and "exercise 5: write Decoupling.compress, as EXERCISES.md says" in text, text
+    own = (project / "mora.py").read_text(encoding="utf-8").replace('raise NotImplementedError("exercise 5', 'return ("mine')
+    (project / "mora.py").write_text(own, encoding="utf-8")
+    assert state() == "own code"
+    status, text = python("tests/exercise.py", "--solution", "5")
+    assert status == 0 and state() == "solution in place" and (project / "mora.py").read_bytes() == before
+    assert 'return ("mine' in Path(re.search("is kept in (.+)", text)[1]).read_text(encoding="utf-8")
+    status, text = python("-m", "pytest", "-q", "-m", "ex5")
+    assert status == 0 and "1 passed" in text, text
+
+
+def tool(project, *words):
+    """The exit status of exercise.py in the project."""
+    try:
+        exercise.main([*words], project)
+        return 0
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_everything_out_and_back_is_what_it_was(project, newline):
+    for name in exercise.FILES:
+        (project / name).write_text((project / name).read_text(encoding="utf-8"), encoding="utf-8", newline=newline)
+    before = [(project / name).read_bytes() for name in exercise.FILES]
+    numbers = [str(number) for number in TITLES if PARTS[number]]
+    for _ in range(2):
+        assert tool(project, *numbers) == 0
+    stubs = "".join((project / name).read_text(encoding="utf-8") for name in exercise.FILES)
+    assert all(f"exercise {number}: write {part.name}," in stubs for number in PARTS for part in PARTS[number])
+    for name in exercise.FILES:
+        compile((project / name).read_bytes(), name, "exec")
+    for _ in range(2):
+        assert tool(project, "--solution", *numbers) == 0
+    assert [(project / name).read_bytes() for name in exercise.FILES] == before
+    assert not list((project / "tests" / "kept").glob("*.py"))
+
+
+def edit(project, old, new):
+    path = project / "mora.py"
+    path.write_text(swap(path.read_text(encoding="utf-8"), old, new), encoding="utf-8")
+
+
+def test_own_code_is_kept_each_time(project, capsys):
+    error = 'raise NotImplementedError("exercise 1: write square_size, as EXERCISES.md says")'
+    for i, command in enumerate([[], ["--solution"], []], start=1):
+        assert tool(project, "1") == 0
+        edit(project, error, f"return {i}  # not yet right")
+        assert tool(project, *command, "1") == 0
+        assert f"square_size.{i}.py" in capsys.readouterr().out
+    kept = sorted((project / "tests" / "kept" / "own").iterdir())
+    assert [f"return {i}  # not yet right" in path.read_text(encoding="utf-8") for i, path in enumerate(kept, 1)] == [True] * 3
+    edit(project, "-> int:  # exercise 1", "-> int:")  # the comment lost, and more than the body changed
+    assert tool(project, "--solution", "1") == 0
+    assert (project / "mora.py").read_bytes() == (ROOT / "mora.py").read_bytes()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["99"], "no exercise 99: they are 1 to 18"), (["0"], "no exercise 0"), (["two"], "invalid int value: 'two'"),
+    (["18"], "nothing to take out"), (["--solution"], "needs the number"), (["--solve", "1"], "--solve"),
+    (["1", "99"], "no exercise 99")])
+def test_wrong_input_gets_one_clear_line(words, message, project, capsys):
+    assert tool(project, *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("exercise.py: error: ")
+    assert (project / "mora.py").read_bytes() == (ROOT / "mora.py").read_bytes(), "an error came after a change"
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("    def deal(", "    def deal)(", r"mora.py:\d+: .*correct this line first"),
+    ("def square_size(", "def size(", "mora.py has no square_size any more: .*1-mora-square_size.py")])
+def test_code_that_cannot_be_found_is_said(old, new, message, project, capsys):
+    assert tool(project, "1") == 0
+    edit(project, old, new)
+    assert tool(project, "--solution", "1") == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+
+
+def test_a_lost_solution_is_said(project, capsys):
+    assert tool(project, "1") == 0
+    shutil.rmtree(project / "tests" / "kept")
+    assert tool(project, "1") == 0
+    assert tool(project, "--solution", "1") == 2
+    assert "get mora.py from the project again" in capsys.readouterr().err
