@@ -449,6 +449,17 @@ def test_every_exercise_has_a_text_a_mark_and_wrong_answers():
         assert {wrong[2] for wrong in WRONG if wrong[0] == number} >= {part.name for part in parts}, f"exercise {number}"
 
 
+def test_the_experiments_in_python_print_what_the_text_says(capsys):
+    for block in re.findall(r"```python\n(.*?)```", EXERCISES, re.S):
+        torch.manual_seed(0)
+        exec(block, {})
+    printed = capsys.readouterr().out
+    lost, folded = map(int, re.findall(r"(?:False|True) (\d+) of 3072", printed))
+    assert lost < 1000 and folded == 3072
+    assert "cycle [13, 25, 25, 25, 25, 25, 25, 25, 25, 25]" in printed, "2 r̂ - 1 after the second merge, and no more"
+    assert "random [13, 25, 37, 49, 61, 73, 85, 96, 96, 96]" in printed, "t (r̂ - 1) + 1, up to full rank"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line of tests/exercise.py
 
