@@ -17,8 +17,8 @@ from torch import nn
 import data
 import mora
 import train
-from mora import OPERATORS, DoRALinear, LoRALinear, MoRALinear
-from test_mora import CYCLE, assert_close, formula, kind, make, randn, randomise, rotation_matrix
+from mora import OPERATORS, DoRALinear, MoRALinear
+from test_mora import assert_close, formula, kind, randn, randomise, rotation_matrix
 
 SHAPES = [(6, 12, 2), (12, 6, 2), (13, 20, 4), (20, 13, 6), (9, 5, 4), (5, 3, 1), (7, 7, 7)]  # k, d, r̂
 
@@ -26,6 +26,10 @@ SHAPES = [(6, 12, 2), (12, 6, 2), (13, 20, 4), (20, 13, 6), (9, 5, 4), (5, 3, 1)
 @pytest.fixture(autouse=True)
 def same_random_numbers_for_every_test():
     torch.manual_seed(0)
+
+
+def make(k, d, size, operator, **options):
+    return OPERATORS[operator](k, d, size, **options)
 
 
 def generator(seed):
@@ -66,6 +70,8 @@ def test_sharing():
         assert_close(operator.compress(x), sums, f"compress adds up the inputs of each group, here {operator.in_group}")
         y = torch.stack([z[..., operator.out_group[i]] for i in range(d)], dim=-1)
         assert_close(operator.decompress(z), y, f"output i is a copy of z[out_group[i]], here {operator.out_group}")
+        back = torch.stack([y[..., operator.out_group == g].sum(-1) for g in range(size)], dim=-1)
+        assert_close(operator.add_up(y, operator.out_group), back, "add_up adds up by the groups that it is given")
 
 
 @pytest.mark.ex4
@@ -90,6 +96,8 @@ def test_decoupling_cuts_the_inputs_into_rows():
             rows[..., j // size, j % size] = x[..., j]
         hint = f"{k} inputs in rows of {size}, zeros at the end of the last: input j is in row j // r̂, place j % r̂"
         assert_close(operator.compress(x), rows, hint)
+        operator.rotate = lambda rows, back=False: -rows
+        assert_close(operator.compress(x), -rows, "the rows pass through `rotate`, by which Rotation turns them")
 
 
 @pytest.mark.ex6
@@ -105,6 +113,17 @@ def test_decoupling_lays_the_rows_side_by_side(fold):
         assert_close(operator.decompress(z), y, f"{n} rows of {size} make {n * size} numbers, for {d} outputs {what}")
 
 
+@pytest.mark.ex6
+def test_tile_and_fold_change_a_length():
+    for length, wanted in [(5, 12), (5, 10), (5, 6), (5, 5), (12, 5)]:
+        y = randn(2, 3, length)
+        tiled = torch.stack([y[..., i % length] for i in range(wanted)], dim=-1)
+        assert_close(mora.tile(y, wanted), tiled, f"tile {length} numbers to {wanted}")
+        if length > wanted:
+            folded = torch.stack([y[..., i::wanted].sum(-1) for i in range(wanted)], dim=-1)
+            assert_close(mora.fold(y, wanted), folded, f"fold {length} numbers to {wanted}")
+
+
 @pytest.mark.ex7
 def test_rotation_turns_row_i_by_i_times_theta():
     for k, d, size in SHAPES:
@@ -112,6 +131,9 @@ def test_rotation_turns_row_i_by_i_times_theta():
         rows = F.pad(x, (0, -k % size)).view(2, 3, -1, size)
         turned = torch.stack([rows[..., i, :] @ rotation_matrix(size, i).T for i in range(rows.shape[-2])], dim=-2)
         assert_close(operator.compress(x), turned, f"{k} inputs in rows of {size}; row 0 stays, row i turns by i θ_j", tol=1e-6)
+        first, back = operator.rotate(turned[..., :1, :]), operator.rotate(turned, back=True)
+        assert_close(first, turned[..., :1, :], "rotate of fewer rows than there are: the first angles are theirs", tol=1e-6)
+        assert_close(back, rows, "back=True turns the other way, so that nothing is left of a rotation", tol=1e-6)
         assert not operator.state_dict(), "the angles follow from the shape: no state dict needs their tables"
 
 
@@ -162,13 +184,15 @@ def test_dropout_is_for_the_updates_input_in_training():
 def test_moras_update_has_M_between_the_operators():
     for name, (k, d) in itertools.product(("truncation", "decoupling", "rotation"), [(13, 20), (20, 13), (12, 12)]):
         layer, x = randomise(MoRALinear(nn.Linear(k, d, dtype=torch.float64), 2, name)), randn(2, 3, k)
-        expected = x @ (layer.linear.weight + formula(name, layer.M, k, d, layer.operator)).T + layer.linear.bias
+        W = formula(name, layer.M, k, d, layer.operator)
+        assert_close(layer.update(x), x @ W.T, f"update: {name}, {k} to {d}", tol=1e-6)
+        expected = x @ (layer.linear.weight + W).T + layer.linear.bias
         gradient, = torch.autograd.grad(expected.square().sum(), layer.M)
         for training in (True, False):
             y = layer.train(training)(x)
-            assert_close(y, expected, f"{name}, {k} to {d}, training = {training}", tol=1e-5)
+            assert_close(y, expected, f"{name}, {k} to {d}, training = {training}", tol=1e-6)
             got, = torch.autograd.grad(y.square().sum(), layer.M)
-            assert_close(got, gradient, f"{name}, {k} to {d}, training = {training}: gradient of M", tol=1e-5)
+            assert_close(got, gradient, f"{name}, {k} to {d}, training = {training}: gradient of M", tol=1e-6)
 
 
 @pytest.mark.ex9
@@ -363,7 +387,8 @@ def test_a_rate_at_which_a_seed_diverged_is_not_the_best():
     results = [result("lora", 0.01, seed, val_loss=3.0) for seed in (0, 1)] + [result("lora", 0.02, 1, val_loss=2.0)]
     assert best(results) == {"lora": {(0.01, 0), (0.01, 1)}}, "seed 0 diverged at 0.02: what is left of it is luck"
     results.append(result("lora", 0.02, 0, val_loss=math.nan))
-    assert best(results) == {"lora": {(0.01, 0), (0.01, 1)}}, "a loss that is not a number is no result either"
+    for order in (results, results[::-1]):
+        assert best(order) == {"lora": {(0.01, 0), (0.01, 1)}}, "a loss that is not a number is no result either"
     results = [result("lora", rate, 0, char_accuracy=1.0) for rate in (0.02, 0.01)]
     assert best(results) == {"lora": {(0.02, 0)}}, "of equals, the rate that comes first"
 

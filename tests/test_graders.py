@@ -20,12 +20,15 @@ import pytest
 import torch
 
 import exercise
+import test_mora  # before any source is changed: the graders take helpers from it, which call nothing of mora.py
 
 ROOT = Path(__file__).parent.parent
 EXERCISES = (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
 PATHS = [ROOT / name for name in exercise.FILES]
 GRADERS = [ROOT / "tests" / name for name in ("test_mora.py", "test_data.py", "test_train.py", "test_exercises.py")]
 TITLES, PARTS = exercise.find_exercises()
+pytestmark = pytest.mark.skipif(any(part.kept.exists() for parts in PARTS.values() for part in parts),
+                                reason="an exercise is out, and the graders are graded by the solutions")
 
 # (exercise, what is wrong, function, old text, new text)
 WRONG = [
@@ -44,9 +47,10 @@ WRONG = [
     (2, "repeated instead of zeros", "Truncation.decompress", "return F.pad(z, (0, self.out_features - self.size))",
      "return torch.cat([z] * self.out_features, dim=-1)[..., :self.out_features]"),
 
-    (3, "the mean of a group", "Sharing.compress", "return z.index_add(-1, self.in_group, x)",
-     "return z.index_add(-1, self.in_group, x) / self.in_group.bincount(minlength=self.size).clamp(min=1)"),
-    (3, "the last of a group", "Sharing.compress", "index_add", "index_copy"),
+    (3, "the mean of a group", "Sharing.add_up", "index_add(-1, group, x)",
+     "index_add(-1, group, x) / group.bincount(minlength=self.size).clamp(min=1)"),
+    (3, "the last of a group", "Sharing.add_up", "index_add", "index_copy"),
+    (3, "always the inputs' groups", "Sharing.add_up", "-1, group", "-1, self.in_group"),
     (3, "strided whatever the groups", "Sharing.compress", "self.in_group", "torch.arange(self.in_features) % self.size"),
     (3, "groups of consecutive outputs", "Sharing.decompress", "self.out_group",
      "torch.arange(self.out_features) * self.size // self.out_features"),
@@ -70,38 +74,39 @@ WRONG = [
      "torch.cat([x] * (self.rows * self.size // self.in_features + 1), dim=-1)[..., :self.rows * self.size]"),
     (5, "padded in front", "Decoupling.compress", "(0, self.rows * self.size - self.in_features)",
      "(self.rows * self.size - self.in_features, 0)"),
-    (5, "padded twice", "Decoupling.compress", "return x.unflatten(-1, (self.rows, self.size))",
-     "return F.pad(x, (0, self.size)).unflatten(-1, (self.rows + 1, self.size))"),
+    (5, "padded twice", "Decoupling.compress", "x.unflatten(-1, (self.rows, self.size))",
+     "F.pad(x, (0, self.size)).unflatten(-1, (self.rows + 1, self.size))"),
     (5, "what fills no row is dropped", "Decoupling.compress", "self.rows * self.size - self.in_features",
      "self.in_features // self.size * self.size - self.in_features"),
+    (5, "rotate not asked", "Decoupling.compress", "self.rotate", ""),
 
-    (6, "cut instead of folded", "Decoupling.decompress", "elif self.fold:", "elif False:"),
-    (6, "folded without being asked", "Decoupling.decompress", "elif self.fold:", "else:"),
-    (6, "the mean of what is folded", "Decoupling.decompress", ".sum(-2)", ".mean(-2)"),
-    (6, "folded in turn, like cards", "Decoupling.decompress", "y.unflatten(-1, (folds, self.out_features)).sum(-2)",
-     "y.unflatten(-1, (self.out_features, folds)).sum(-1)"),
-    (6, "what fills no fold is cut", "Decoupling.decompress", "math.ceil(y.shape[-1] / self.out_features)",
-     "max(1, y.shape[-1] // self.out_features)"),
-    (6, "zeros instead of repeated", "Decoupling.decompress", "torch.cat([y] * copies, dim=-1)",
-     "F.pad(y, (0, self.out_features))"),
-    (6, "each number repeated", "Decoupling.decompress", "torch.cat([y] * copies, dim=-1)",
-     "y.repeat_interleave(copies, dim=-1)"),
+    (6, "cut instead of folded", "Decoupling.decompress", "fold if self.fold and y.shape[-1] > self.out_features else tile", "tile"),
+    (6, "folded without being asked", "Decoupling.decompress", "self.fold and ", ""),
+    (6, "folded where it should be repeated", "Decoupling.decompress", " and y.shape[-1] > self.out_features", ""),
     (6, "the rows mixed up", "Decoupling.decompress", "z.flatten(-2)", "z.mT.flatten(-2)"),
+    (6, "tiled instead of folded", "fold", "return y[..., :whole].unflatten(-1, (-1, length)).sum(-2) + rest", "return y[..., :length]"),
+    (6, "the mean of what is folded", "fold", ".sum(-2)", ".mean(-2)"),
+    (6, "folded in turn, like cards", "fold", "unflatten(-1, (-1, length)).sum(-2)", "unflatten(-1, (length, -1)).sum(-1)"),
+    (6, "what fills no fold is lost", "fold", " + rest", ""),
+    (6, "what fills no fold goes to the end", "fold", "(0, whole + length - y.shape[-1])", "(whole + length - y.shape[-1], 0)"),
+    (6, "folded as a mirror is", "fold", "+ rest", "+ rest.flip(-1)"),
+    (6, "zeros instead of repeated", "tile", "torch.cat([y] * copies, dim=-1)", "F.pad(y, (0, length))"),
+    (6, "each number repeated", "tile", "torch.cat([y] * copies, dim=-1)", "y.repeat_interleave(copies, dim=-1)"),
+    (6, "repeated whole, too long", "tile", "[..., :length]", ""),
 
-    (7, "turned the other way", "Rotation.compress", "a * cos - b * sin, b * cos + a * sin",
-     "a * cos + b * sin, b * cos - a * sin"),
-    (7, "a reflection", "Rotation.compress", "a * cos - b * sin", "a * cos + b * sin"),
-    (7, "neighbours are pairs", "Rotation.compress",
-     "a, b, rest = super().compress(x).tensor_split((self.size // 2, self.size // 2 * 2), dim=-1)",
-     "x = super().compress(x); a, b, rest = x[..., :-1:2], x[..., 1::2], x[..., self.size // 2 * 2:]"),
-    (7, "the halves exchanged", "Rotation.compress", "torch.cat([a * cos - b * sin, b * cos + a * sin",
-     "torch.cat([b * cos + a * sin, a * cos - b * sin"),
+    (7, "turned the other way", "Rotation.rotate", "if back:", "if not back:"),
+    (7, "a reflection", "Rotation.rotate", "a * cos - b * sin", "a * cos + b * sin"),
+    (7, "never back", "Rotation.rotate", "if back:", "if False:"),
+    (7, "neighbours are pairs", "Rotation.rotate", "a, b, rest = rows.tensor_split((half, 2 * half), dim=-1)",
+     "a, b, rest = rows[..., :2 * half:2], rows[..., 1:2 * half:2], rows[..., 2 * half:]"),
+    (7, "the halves exchanged", "Rotation.rotate", "a * cos - b * sin, b * cos + a * sin", "b * cos + a * sin, a * cos - b * sin"),
     (7, "rows counted from 1", "Rotation.__init__", "torch.arange(self.rows, dtype=torch.float64)",
      "torch.arange(1, self.rows + 1, dtype=torch.float64)"),
     (7, "the exponent without the 2", "Rotation.__init__", "-2 * torch.arange", "-1 * torch.arange"),
     (7, "the exponent's sign", "Rotation.__init__", "-2 * torch.arange", "2 * torch.arange"),
     (7, "theta counted from 1", "Rotation.__init__", "torch.arange(size // 2,", "torch.arange(1, size // 2 + 1,"),
-    (7, "the last of an odd size lost", "Rotation.compress", ", rest], dim", ", 0 * rest], dim"),
+    (7, "the angles of the last rows for fewer", "Rotation.rotate", "self.cos[:n].to(rows.dtype), self.sin[:n].to(rows.dtype)",
+     "self.cos[-n:].to(rows.dtype), self.sin[-n:].to(rows.dtype)"),
     (7, "tables in the state dict", "Rotation.__init__", '"cos", angle.cos().float(), persistent=False',
      '"cos", angle.cos().float()'),
 
@@ -117,7 +122,7 @@ WRONG = [
     (8, "compress forgotten", "MoRALinear.update", "self.operator.compress(x)", "x[..., :self.operator.size]"),
     (8, "scaled by 2, as LoRA is", "MoRALinear.update", "self.M.to(z.dtype)", "2 * self.M.to(z.dtype)"),
 
-    (9, "not transposed back", "Adapter.delta_weight", ".T", ""),
+    (9, "not transposed back", "Adapter.delta_weight", ")).T", "))"),
     (9, "W0 in it", "Adapter.delta_weight", "self.update(", "(lambda x: F.linear(x, self.linear.weight) + self.update(x))("),
     (9, "the bias in it", "Adapter.delta_weight", "self.update(", "self("),
     (9, "dropout in it", "Adapter.delta_weight", "self.update(", "(lambda x: self.update(self.dropout(x)))("),
@@ -246,10 +251,10 @@ RIGHT = [
      "size < min(in_features, out_features):\n    size += 1\nreturn size"),
     (2, "by a matrix of ones and zeros", "Truncation.decompress",
      "return z @ torch.eye(self.size, self.out_features, dtype=z.dtype)"),
-    (3, "by one-hot matrices", "Sharing.compress", "return x @ F.one_hot(self.in_group, self.size).to(x.dtype)"),
-    (3, "by a reshape, after sorting", "Sharing.compress",
-     "order, longest = self.in_group.argsort(stable=True), -(-self.in_features // self.size)\n"
-     "lengths = self.in_group.bincount(minlength=self.size).tolist()\n"
+    (3, "by one-hot matrices", "Sharing.add_up", "return x @ F.one_hot(group, self.size).to(x.dtype)"),
+    (3, "by a reshape, after sorting", "Sharing.add_up",
+     "order, longest = group.argsort(stable=True), -(-len(group) // self.size)\n"
+     "lengths = group.bincount(minlength=self.size).tolist()\n"
      "rows = [F.pad(part, (0, longest - part.shape[-1])) for part in x[..., order].split(lengths, dim=-1)]\n"
      "return torch.cat(rows, dim=-1).unflatten(-1, (self.size, longest)).sum(-1)"),
     (4, "by lists", "Sharing.deal",
@@ -259,15 +264,19 @@ RIGHT = [
      "return torch.tensor(strided)"),
     (5, "by split and stack", "Decoupling.compress",
      "x = torch.cat([x, x.new_zeros(*x.shape[:-1], -self.in_features % self.size)], dim=-1)\n"
-     "return torch.stack(x.split(self.size, dim=-1), dim=-2)"),
-    (6, "by the indices of the formula", "Decoupling.decompress",
-     "y = z.flatten(-2)\nn, d = y.shape[-1], self.out_features\n"
-     "i = torch.arange(max(d, n) if self.fold else d)\n"
-     "return y.new_zeros(*y.shape[:-1], d).index_add(-1, i % d, y[..., i % n])"),
-    (7, "by complex numbers", "Rotation.compress",
-     "x, half = super().compress(x), self.size // 2\n"
-     "turned = torch.complex(x[..., :half], x[..., half:2 * half]) * torch.complex(self.cos, self.sin)\n"
-     "return torch.cat([turned.real, turned.imag, x[..., 2 * half:]], dim=-1)"),
+     "return self.rotate(torch.stack(x.split(self.size, dim=-1), dim=-2))"),
+    (6, "by indices", "fold", "i = torch.arange(y.shape[-1]) % length\n"
+     "return y.new_zeros(*y.shape[:-1], length).index_add(-1, i, y)"),
+    (6, "by indices", "tile", "return y[..., torch.arange(length) % y.shape[-1]]"),
+    (6, "by a loop", "Decoupling.decompress",
+     "y = z.flatten(-2)\nif y.shape[-1] <= self.out_features or not self.fold:\n    return tile(y, self.out_features)\n"
+     "parts = y.split(self.out_features, dim=-1)\n"
+     "return sum(F.pad(part, (0, self.out_features - part.shape[-1])) for part in parts)"),
+    (7, "by complex numbers", "Rotation.rotate",
+     "n, half = rows.shape[-2], self.size // 2\n"
+     "turn = torch.complex(self.cos[:n], -self.sin[:n] if back else self.sin[:n])\n"
+     "turned = torch.complex(rows[..., :half], rows[..., half:2 * half]) * turn\n"
+     "return torch.cat([turned.real, turned.imag, rows[..., 2 * half:]], dim=-1)"),
     (8, "by matrices", "MoRALinear.update", "return self.operator.decompress(self.operator.compress(x) @ self.M.T.to(x.dtype))"),
     (9, "column by column", "Adapter.delta_weight",
      "with torch.autocast(self.linear.weight.device.type, enabled=False):\n"
@@ -313,9 +322,12 @@ def compiled(path, source):
 def change(number, name, rewrite):
     """{path: source} in which the text of one function of an exercise is rewritten."""
     part = next(part for part in PARTS[number] if part.name == name)
-    lines = read(part.path).split("\n")
-    lines[part.span()] = [rewrite(part.text)]
-    return {part.path: "\n".join(lines)}
+    return {part.path: swap(read(part.path), part.text, rewrite(part.text))}
+
+
+def swap(source, old, new):
+    assert source.count(old) == 1, f"this should stand once in the source, and does {source.count(old)} times: {old}"
+    return source.replace(old, new)
 
 
 def replace(old, new):
@@ -333,29 +345,26 @@ def new_body(number, name, body):
 
 
 def new_operator(methods):
-    path, source = ROOT / "mora.py", read(ROOT / "mora.py")
-    assert source.count("\nOPERATORS = {") == 1
+    path = ROOT / "mora.py"
     own = f"class Own(Truncation):\n{textwrap.indent(methods.strip(), '    ')}\n\n\n"
-    return {path: source.replace("\nOPERATORS = {", f"\n{own}OPERATORS = {{'own': Own, ")}
+    return {path: swap(read(path), "\nOPERATORS = {", f"\n{own}OPERATORS = {{'own': Own, ")}
 
 
 def out(numbers):
     """{path: source} with these exercises taken out."""
     changed = {}
-    for part in sorted((part for number in numbers for part in PARTS[number]), key=lambda part: -part.span().start):
-        lines = changed.get(part.path, read(part.path)).split("\n")
-        lines[part.span()] = part.stub.split("\n")
-        changed[part.path] = "\n".join(lines)
+    for part in itertools.chain(*(PARTS[number] for number in numbers)):
+        changed[part.path] = swap(changed.get(part.path, read(part.path)), part.text, part.stub)
     return changed
 
 
-def tests_of(number, changed):
+def graders_of(number, changed):
     """The tests that carry an exercise's mark, loaded with everything below them from the changed sources."""
     marked = [path for path in GRADERS if re.search(rf"mark\.ex{number}\b", read(path))]
     tests = []
     with pytest.MonkeyPatch.context() as patch:
         for path in [*PATHS, *GRADERS]:
-            if path in PATHS or path in marked or path.name == "test_mora.py":
+            if path in PATHS or path in marked:
                 module = types.ModuleType(path.stem)
                 module.__file__ = str(path)
                 patch.setitem(sys.modules, path.stem, module)
@@ -385,13 +394,13 @@ def fault(test):
 def faults(number, changed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {test.__name__: fault(test) for test in tests_of(number, changed)}
+        return {test.__name__: fault(test) for test in graders_of(number, changed)}
 
 
 def caught(number, changed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return any(fault(test) for test in tests_of(number, changed))
+        return any(fault(test) for test in graders_of(number, changed))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -438,3 +447,128 @@ def test_every_exercise_has_a_text_a_mark_and_wrong_answers():
         assert number == 18 or any(number == wrong[0] for wrong in WRONG)
     for number, parts in PARTS.items():
         assert {wrong[2] for wrong in WRONG if wrong[0] == number} >= {part.name for part in parts}, f"exercise {number}"
+
+
+def test_the_experiments_in_python_print_what_the_text_says(capsys):
+    for block in re.findall(r"```python\n(.*?)```", EXERCISES, re.S):
+        torch.manual_seed(0)
+        exec(block, {})
+    printed = capsys.readouterr().out
+    lost, folded = map(int, re.findall(r"(?:False|True) (\d+) of 3072", printed))
+    assert lost < 1000 and folded == 3072
+    assert "cycle [13, 25, 25, 25, 25, 25, 25, 25, 25, 25]" in printed, "2 r̂ - 1 after the second merge, and no more"
+    assert "random [13, 25, 37, 49, 61, 73, 85, 96, 96, 96]" in printed, "t (r̂ - 1) + 1, up to full rank"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line of tests/exercise.py
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project as a downloaded archive is, without git, and with a few of the tests."""
+    (tmp_path / "tests").mkdir()
+    for path in (*PATHS, ROOT / "EXERCISES.md", ROOT / "pytest.ini"):
+        shutil.copy(path, tmp_path)
+    for name in ("exercise.py", "test_exercises.py", "test_mora.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    return tmp_path
+
+
+def test_as_a_student_types_it(project):
+    def python(*words):
+        run = subprocess.run([sys.executable, *words], cwd=project, capture_output=True, text=True, encoding="utf-8")
+        return run.returncode, run.stdout + run.stderr
+
+    def state():
+        return re.search("(?m)^ 5  Decoupling, inwards +(.+)$", python("tests/exercise.py")[1])[1]
+
+    before = (project / "mora.py").read_bytes()
+    assert state() == "solution in place"
+    assert python("tests/exercise.py", "5")[0] == 0 and state() == "taken out"
+    status, text = python("-m", "pytest", "-q", "-m", "ex5")
+    assert status == 1 and "exercise 5: write Decoupling.compress, as EXERCISES.md says" in text, text
+    own = (project / "mora.py").read_text(encoding="utf-8").replace('raise NotImplementedError("exercise 5', 'return ("mine')
+    (project / "mora.py").write_text(own, encoding="utf-8")
+    assert state() == "own code"
+    status, text = python("tests/exercise.py", "--solution", "5")
+    assert status == 0 and state() == "solution in place" and (project / "mora.py").read_bytes() == before
+    assert 'return ("mine' in Path(re.search("is kept in (.+)", text)[1]).read_text(encoding="utf-8")
+    status, text = python("-m", "pytest", "-q", "-m", "ex5")
+    assert status == 0 and "1 passed" in text, text
+
+
+def tool(project, *words):
+    """The exit status of exercise.py in the project."""
+    try:
+        exercise.main([*words], project)
+        return 0
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_everything_out_and_back_is_what_it_was(project, newline):
+    for name in exercise.FILES:
+        (project / name).write_text((project / name).read_text(encoding="utf-8"), encoding="utf-8", newline=newline)
+    before = [(project / name).read_bytes() for name in exercise.FILES]
+    numbers = [str(number) for number in TITLES if PARTS[number]]
+    for _ in range(2):
+        assert tool(project, *numbers) == 0
+    stubs = "".join((project / name).read_text(encoding="utf-8") for name in exercise.FILES)
+    assert all(f"exercise {number}: write {part.name}," in stubs for number in PARTS for part in PARTS[number])
+    for name in exercise.FILES:
+        compile((project / name).read_bytes(), name, "exec")
+    for _ in range(2):
+        assert tool(project, "--solution", *numbers) == 0
+    assert [(project / name).read_bytes() for name in exercise.FILES] == before
+    assert not list((project / "tests" / "kept").glob("*.py"))
+
+
+def edit(project, old, new):
+    path = project / "mora.py"
+    path.write_text(swap(path.read_text(encoding="utf-8"), old, new), encoding="utf-8")
+
+
+def test_own_code_is_kept_each_time(project, capsys):
+    error = 'raise NotImplementedError("exercise 1: write square_size, as EXERCISES.md says")'
+    for i, command in enumerate([[], ["--solution"], []], start=1):
+        assert tool(project, "1") == 0
+        edit(project, error, f"return {i}  # not yet right")
+        assert tool(project, *command, "1") == 0
+        assert f"square_size.{i}.py" in capsys.readouterr().out
+    kept = sorted((project / "tests" / "kept" / "own").iterdir())
+    assert [f"return {i}  # not yet right" in path.read_text(encoding="utf-8") for i, path in enumerate(kept, 1)] == [True] * 3
+    edit(project, "-> int:  # exercise 1", "-> int:")  # the comment lost, and more than the body changed
+    assert tool(project, "--solution", "1") == 0
+    assert (project / "mora.py").read_bytes() == (ROOT / "mora.py").read_bytes()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["99"], "no exercise 99: they are 1 to 18"), (["0"], "no exercise 0"), (["two"], "invalid int value: 'two'"),
+    (["18"], "nothing to take out"), (["--solution"], "needs the number"), (["--solve", "1"], "--solve"),
+    (["1", "99"], "no exercise 99")])
+def test_wrong_input_gets_one_clear_line(words, message, project, capsys):
+    assert tool(project, *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("exercise.py: error: ")
+    assert (project / "mora.py").read_bytes() == (ROOT / "mora.py").read_bytes(), "an error came after a change"
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("    def deal(", "    def deal)(", r"mora.py:\d+: .*correct this line first"),
+    ("def square_size(", "def size(", "mora.py has no square_size any more: .*1-mora-square_size.py")])
+def test_code_that_cannot_be_found_is_said(old, new, message, project, capsys):
+    assert tool(project, "1") == 0
+    edit(project, old, new)
+    assert tool(project, "--solution", "1") == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+
+
+def test_a_lost_solution_is_said(project, capsys):
+    assert tool(project, "1") == 0
+    shutil.rmtree(project / "tests" / "kept")
+    assert tool(project, "1") == 0
+    assert tool(project, "--solution", "1") == 2
+    assert "get mora.py from the project again" in capsys.readouterr().err

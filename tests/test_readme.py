@@ -1,4 +1,6 @@
-"""Keeps README.md true: its links point at the code they quote, its commands are understood, its example runs."""
+"""Keeps README.md true: its links point at the code they quote, its commands, and those of EXERCISES.md, are understood,
+its example runs.
+"""
 
 import re
 import shlex
@@ -12,7 +14,8 @@ import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"(?:python|torchrun[^\n`]*?) train\.py[^\n`#|&\\]*", README)))
+PAGES = README + (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
+COMMANDS = sorted(set(re.findall(r"(?:python|torchrun[^\n`]*?) train\.py[^\n`#|&\\]*", PAGES)))
 
 
 @pytest.mark.parametrize("code, file, line", re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README))
