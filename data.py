@@ -34,6 +34,9 @@ import torch
 # Tokenizers
 
 
+TOKENIZERS = {"bytes": 257, "gpt2": 50257}  # and how many tokens they have
+
+
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """"gpt2": GPT-2's 50,257 tokens, from files that tiktoken downloads once. "bytes": the 256 bytes and an end token.
     """

@@ -151,16 +151,17 @@ class GPT(nn.Module):
         `export` noted in the file, or n_embd / 64 as in every GPT-2. ValueError says what in the file does not fit.
         """
         state = load_checkpoint(name_or_path)
+        foreign = f"{name_or_path} is not a GPT-2 checkpoint, as the model.pt of train.py --export is one"
         if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in state.items()):
-            raise ValueError(f"{name_or_path} is not a GPT-2 checkpoint: it is no dict of named tensors")
+            raise ValueError(f"{foreign}: it is no dict of named tensors")
         n_head = n_head or getattr(state, "n_head", None)
         state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
         head = state.pop("lm_head.weight", None)
         for name in [name for name in state if name.endswith((".attn.bias", ".attn.masked_bias"))]:
             del state[name]  # the causal mask
-        for name in ("wte.weight", "wpe.weight", "h.0.ln_1.weight"):
-            if name not in state:
-                raise ValueError(f"{name_or_path} is not a GPT-2 checkpoint: it has no {name}")
+        for name, dims in {"wte.weight": 2, "wpe.weight": 2, "h.0.ln_1.weight": 1}.items():
+            if name not in state or state[name].dim() != dims:
+                raise ValueError(f"{foreign}: it has no {name} of {dims} dimensions")
         if head is not None and not torch.equal(head.float(), state["wte.weight"].float()):
             raise ValueError(f"{name_or_path}: lm_head.weight differs from wte.weight, and this GPT has one weight for "
                              "both")
@@ -178,6 +179,8 @@ class GPT(nn.Module):
             if ours != theirs:
                 raise ValueError(f"{name_or_path}: {name} is {theirs} in the file, and {ours} in a GPT of its "
                                  "configuration")
+            if not state[name].isfinite().all():
+                raise ValueError(f"{name_or_path}: {name} is not finite: the training it is from diverged")
         model.load_state_dict(state, assign=True)
         return model.train()
 
@@ -193,8 +196,12 @@ class GPT(nn.Module):
         state = OrderedDict((name, tensor.T.contiguous() if is_transposed(name) else tensor)
                             for name, tensor in state.items())
         state.n_head = self.config.n_head  # travels as an attribute, which other readers do not see
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        try:
+            torch.save(state, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+        finally:
+            if os.path.exists(f"{path}.tmp"):
+                os.unlink(f"{path}.tmp")
 
 
 def is_transposed(name):
@@ -216,9 +223,9 @@ def load_checkpoint(name_or_path):
         url = f"{host}/openai-community/{name_or_path}/resolve/main/pytorch_model.bin"
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file, weights_only=True)
     except Exception as error:  # of the network; or whatever torch.load meets in bytes that torch.save did not write
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if os.path.isfile(path):
-            raise ValueError(f"{path} is damaged or was not written by torch.save ({reason}): delete or replace "
-                             "it") from error
+            raise ValueError(f"{path} is damaged or was not written by torch.save ({type(error).__name__}): delete or "
+                             "replace it") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{name_or_path} cannot be downloaded ({reason}): get the file elsewhere and give its "
                          "path") from error

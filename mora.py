@@ -435,12 +435,17 @@ class MergedProduct(torch.autograd.Function):
     It gets no gradient of its own, whose cost is that of training W0: M's comes from products of M's size.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, M, weight, bias, operator):
-        ctx.operator = operator
-        ctx.save_for_backward(operator.keep(x), M, weight)
+    def forward(x, M, weight, bias, operator):
         merged = (weight + operator.matrix(M)).to(x.dtype)  # added as merging adds, and rounded once
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, M, weight, _, ctx.operator = inputs
+        ctx.save_for_backward(ctx.operator.keep(x), M, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -31,6 +31,9 @@ import tempfile
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # torch takes seconds to import: Ctrl-C is no error then
+
 import torch
 import torch.distributed as dist
 
@@ -42,7 +45,8 @@ from model import GPT, PRESETS, GPTConfig
 # Settings: what an option is when it is not given
 
 METHODS = ("full", *mora.METHODS)
-PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+PROCESS, PROCESSES = (int(text) if text.isdecimal() else 0  # as torchrun sets them; `check` refuses the rest
+                      for text in (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")))
 
 # Peak learning rates for --init demo, scratch, and given weights. The first is the best of the sweep in the README, and
 # so is the second for full, lora, relora and mora sharing; its other rows are their neighbours'. Nothing was swept for
@@ -78,6 +82,8 @@ TASKS = {
     "text": dict(methods=["mora"], rank=[8], operator=["rotation"], init="scratch", max_steps=1000, schedule="cosine"),
     "pairs": dict(methods=["mora"], rank=[8], operator=["rotation"], init="scratch", max_steps=1000, schedule="cosine"),
 }
+OPTIONS_OF_TASKS = {"n_pairs": ["uuid"], "c4_url": ["c4"], "shards": ["c4"], "data": ["text", "pairs"],
+                    "val_data": ["text", "pairs"], "old_data": ["c4", "text"], "val_tokens": ["c4", "text"]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,17 +100,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def number(kind, minimum, maximum=math.inf):
-    """The type of an option: an int or a float from `minimum` to `maximum`."""
+def number(kind, minimum, maximum=1_000_000_000):
+    """The type of an option: an int or a float from `minimum` to `maximum`, past which most of what it sets overflows.
+    """
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not minimum <= value <= maximum or value == math.inf:
-            bounds = f"at least {minimum:g}" + (f" and at most {maximum:g}" if maximum < math.inf else "")
-            raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number, {bounds}, not "
-                                             f"{text!r}")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number from {minimum} to "
+                                             f"{maximum:,}, not {text!r}")
         return value
     return convert
 
@@ -113,67 +119,102 @@ def parse_args(argv=None):
     """The settings as a namespace. Wrong ones end the program with one line and exit status 2."""
     parser = Parser(usage=f"train.py [{' | '.join(TASKS)}] [options]", description=__doc__.split("\n")[0],
                     formatter_class=HelpFormatter)
-    parser.add_argument("task", nargs="?", default="uuid", choices=TASKS, help="uuid: memorize pairs of random UUIDs. "
-                        "c4: pretrain on C4. text: pretrain on --data. pairs: learn the completions of --data's prompts")
+    parser.add_argument("task", nargs="?", default="uuid", choices=TASKS,
+                        help="uuid: memorize pairs of random UUIDs. c4: pretrain on C4. text: pretrain on --data. "
+                        "pairs: learn the completions of --data's prompts")
 
     several = "an option that takes several values makes a run of each combination"
     add = parser.add_argument_group(f"method ({several})").add_argument
-    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"among {', '.join(METHODS)} (default: full lora mora for uuid, "
-        "full lora relora mora remora for c4, else mora)")
-    add("--rank", nargs="+", type=number(int, 1), metavar="R", help="LoRA's rank; MoRA's matrix gets as many parameters (default: uuid 2, c4 4, else 8)")
-    add("--operator", nargs="+", choices=list(mora.OPERATORS), metavar="OP", help=f"MoRA's, among {', '.join(mora.OPERATORS)} (default: sharing "
-        "for c4, else rotation)")
-    add("--groups", nargs="+", choices=["strided", "contiguous", "random", "cycle"], metavar="HOW", help="how sharing deals its groups: strided, "
-        "contiguous, random, or cycle, the paper's for ReMoRA (default: random for remora, else strided)")
-    add("--fold", action="store_true", help="rotation and decoupling add what lies past the outputs instead of cutting it off")
-    add("--alpha", type=number(float, 0), help="LoRA's alpha, whose update is scaled by alpha / rank (default: twice the rank)")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD",
+        help=f"among {', '.join(METHODS)} (default: full lora mora for uuid, full lora relora mora remora for c4, else "
+        "mora)")
+    add("--rank", nargs="+", type=number(int, 1), metavar="R",
+        help="LoRA's rank; MoRA's matrix gets as many parameters (default: uuid 2, c4 4, else 8)")
+    add("--operator", nargs="+", choices=list(mora.OPERATORS), metavar="OP",
+        help=f"MoRA's, among {', '.join(mora.OPERATORS)} (default: sharing for c4, else rotation)")
+    add("--groups", nargs="+", choices=["strided", "contiguous", "random", "cycle"], metavar="HOW",
+        help="how sharing deals its groups: strided, contiguous, random, or cycle, the paper's for ReMoRA (default: "
+        "random for remora, else strided)")
+    add("--fold", action="store_true",
+        help="rotation and decoupling add what lies past the outputs instead of cutting it off")
+    add("--alpha", type=number(float, 0),
+        help="LoRA's alpha, whose update is scaled by alpha / rank (default: twice the rank)")
     add("--rslora", action="store_true", help="scale LoRA's update by alpha / sqrt(rank)")
-    add("--lora_plus_ratio", type=number(float, 0), default=16.0, metavar="X", help="B's learning rate in lora+, as a multiple of A's")
+    add("--lora_plus_ratio", type=number(float, 0), default=16.0, metavar="X",
+        help="B's learning rate in lora+, as a multiple of A's")
     add("--dropout", type=number(float, 0, 1), default=0.0, metavar="P", help="dropout on the adapters' input")
     add("--targets", nargs="+", metavar="LAYER", help="the linear layers to adapt, such as c_attn c_fc (default: all)")
-    add("--merge_every", type=number(int, 1), metavar="N", help="steps between the merges of relora and remora (default: a fifth of max_steps)")
-    add("--restart_warmup", type=number(int, 0), metavar="N", help="steps over which the learning rate rises again after a merge (default: "
-        "a hundredth of max_steps)")
-    add("--full_warmup", type=number(int, 0), default=0, metavar="N", help="steps in which all weights train, at the rate of full, before the adapters begin")
+    add("--merge_every", type=number(int, 1), metavar="N",
+        help="steps between the merges of relora and remora (default: a fifth of max_steps)")
+    add("--restart_warmup", type=number(int, 0), metavar="N",
+        help="steps over which the learning rate rises again after a merge (default: a hundredth of max_steps)")
+    add("--full_warmup", type=number(int, 0), default=0, metavar="N",
+        help="steps in which all weights train, at the rate of full, before the adapters begin")
 
     add = parser.add_argument_group("model and data").add_argument
-    add("--init", help="initial weights: demo (a small base, pretrained once), scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a file "
-        "(default: demo for uuid, else scratch)")
-    add("--tokenizer", choices=["bytes", "gpt2"], help="default: the one that the initial weights were trained with; bytes for scratch")
-    for name, meaning in dict(n_layer="layers", n_head="attention heads", n_embd="width").items():
-        add(f"--{name}", type=number(int, 1), metavar="N", help=f"{meaning} of a demo or scratch model (default: {DEMO_SIZE[name]})")
-    add("--block_size", type=number(int, 2), metavar="N", help=f"longest sequence in tokens (default: {DEMO_SIZE['block_size']}, or what the weights allow)")
-    add("--n_pairs", type=number(int, 1), default=32, metavar="N", help="pairs of UUIDs to memorize")
-    add("--data", nargs="+", metavar="FILE", help="text: .txt, or JSON lines with a field text; pairs: JSON lines with prompt and completion; "
-        "any of them gzip'd")
-    add("--val_data", nargs="+", metavar="FILE", help="held-out data (default: every 20th document or pair of --data)")
-    add("--old_data", nargs="+", metavar="FILE", help="text on which the loss is reported as well, to see what was forgotten")
-    add("--val_tokens", type=number(int, 1), default=100_000, metavar="N", help="how many tokens of the held-out text each evaluation reads")
-    add("--c4_url", default=data.C4_URL, metavar="URL", help="where C4 is: http(s) or file, with the original's layout")
-    add("--shards", type=number(int, 1), default=1, metavar="N", help="training shards of C4 to use, of about 350 MB each")
+    add("--init", help="initial weights: demo (a small base, pretrained once), scratch, gpt2, gpt2-medium, gpt2-large, "
+        "gpt2-xl, or a file (default: demo for uuid, else scratch)")
+    add("--tokenizer", choices=list(data.TOKENIZERS),
+        help="default: the one that the initial weights were trained with; bytes for scratch")
+    for name, meaning, most in (("n_layer", "layers", 1000), ("n_head", "attention heads", 1000),
+                                ("n_embd", "width", 100_000)):
+        add(f"--{name}", type=number(int, 1, most), metavar="N",
+            help=f"{meaning} of a demo or scratch model (default: {DEMO_SIZE[name]})")
+    add("--block_size", type=number(int, 2), metavar="N",
+        help=f"longest sequence in tokens (default: {DEMO_SIZE['block_size']}, or what the weights allow)")
+    add("--n_pairs", type=number(int, 1, 10_000_000), default=32, metavar="N", help="pairs of UUIDs to memorize")
+    add("--data", nargs="+", metavar="FILE",
+        help="text: .txt, or JSON lines with a field text; pairs: JSON lines with prompt and completion; any of them "
+        "gzip'd")
+    add("--val_data", nargs="+", metavar="FILE",
+        help="held-out data (default: every 20th document or pair of --data)")
+    add("--old_data", nargs="+", metavar="FILE",
+        help="text on which the loss is reported as well, to see what was forgotten")
+    add("--val_tokens", type=number(int, 1), default=100_000, metavar="N",
+        help="how many tokens of the held-out text each evaluation reads")
+    add("--c4_url", default=data.C4_URL, metavar="URL",
+        help="where C4 is: http(s) or file, with the original's layout")
+    add("--shards", type=number(int, 1, 1024), default=1, metavar="N",
+        help="training shards of C4 to use, of about 350 MB each")
 
     add = parser.add_argument_group("training").add_argument
-    add("--seed", nargs="+", type=number(int, 0), default=[0], metavar="N", help="seed of the pairs, the batches and the adapters")
-    add("--max_steps", type=number(int, 1), metavar="N", help="optimizer steps (default: 500 for uuid, 600 for c4, else 1000)")
-    add("--batch_size", type=number(int, 1), metavar="N", help="sequences a step, in all processes together (default: uuid 64 or all pairs, else 32)")
-    add("--accumulate", type=number(int, 1), default=1, metavar="N", help="micro-batches that a batch is cut into, to save memory")
-    add("--learning_rate", nargs="+", type=number(float, 0), metavar="X", help="peak learning rate (default: the method's own)")
-    add("--schedule", choices=["linear", "cosine", "constant"], help="how the learning rate falls (default: linear for uuid, else cosine)")
-    add("--warmup_steps", type=number(int, 0), metavar="N", help="steps over which it rises before (default: a tenth of max_steps)")
+    add("--seed", nargs="+", type=number(int, 0, 2**64 - 1), default=[0], metavar="N",
+        help="seed of the pairs, the batches and the adapters")
+    add("--max_steps", type=number(int, 1), metavar="N",
+        help="optimizer steps (default: 500 for uuid, 600 for c4, else 1000)")
+    add("--batch_size", type=number(int, 1, 1_000_000), metavar="N",
+        help="sequences a step, in all processes together (default: uuid 64 or all pairs, else 32)")
+    add("--accumulate", type=number(int, 1), default=1, metavar="N",
+        help="micro-batches that a batch is cut into, to save memory")
+    add("--learning_rate", nargs="+", type=number(float, 0), metavar="X",
+        help="peak learning rate (default: the method's own)")
+    add("--schedule", choices=["linear", "cosine", "constant"],
+        help="how the learning rate falls (default: linear for uuid, else cosine)")
+    add("--warmup_steps", type=number(int, 0), metavar="N",
+        help="steps over which it rises before (default: a tenth of max_steps)")
     add("--weight_decay", type=number(float, 0), default=0.0, metavar="X", help="AdamW's weight decay")
-    add("--grad_clip", type=number(float, 0), default=1.0, metavar="X", help="largest norm of the gradient; 0 is no limit")
-    add("--eval_every", type=number(int, 1), metavar="N", help="steps between evaluations (default: a quarter of max_steps)")
+    add("--grad_clip", type=number(float, 0), default=1.0, metavar="X",
+        help="largest norm of the gradient; 0 is no limit")
+    add("--eval_every", type=number(int, 1), metavar="N",
+        help="steps between evaluations (default: a quarter of max_steps)")
 
     add = parser.add_argument_group("running").add_argument
     add("--out_dir", default="out", metavar="DIR", help="where every run gets its folder, and prepared data is kept")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of activations and products; weights stay float32")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="of activations and products; weights stay float32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
-    add("--resume", action="store_true", help="continue the runs in out_dir where they stopped, and keep those that are done")
-    add("--spectrum", action="store_true", help="show the singular values of the updates, and draw them if matplotlib is installed")
-    add("--export", action="store_true", help="write every trained model, merged, in GPT-2's format to model.pt, for --init")
+    add("--resume", action="store_true",
+        help="continue the runs in out_dir where they stopped, and keep those that are done")
+    add("--spectrum", action="store_true",
+        help="show the singular values of the updates, and draw them if matplotlib is installed")
+    add("--export", action="store_true",
+        help="write every trained model, merged, in GPT-2's format to model.pt, for --init")
     args = parser.parse_args(argv)
 
+    for name, tasks in OPTIONS_OF_TASKS.items():
+        if args.task not in tasks and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} means nothing to the task {args.task}: it is for {' and '.join(tasks)}")
     for name, value in TASKS[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -191,6 +232,12 @@ def parse_args(argv=None):
 
 def check(args):
     """ValueError for settings that are wrong together, each being right by itself."""
+    if PROCESS >= PROCESSES:
+        raise ValueError("the environment's RANK and WORLD_SIZE are not those of a process among several: unset them, "
+                         "or start with torchrun")
+    for name, values in vars(args).items():
+        if isinstance(values, list) and len(set(values)) < len(values):
+            raise ValueError(f"--{name} names something twice: {' '.join(map(str, values))}")
     if args.init not in ("demo", "scratch"):
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(args, name):
@@ -199,6 +246,8 @@ def check(args):
         raise ValueError("--init demo reads bytes: --tokenizer gpt2 goes with --init gpt2 or scratch")
     if args.task == "uuid" and args.batch_size > args.n_pairs:
         raise ValueError(f"--batch_size {args.batch_size} exceeds the {args.n_pairs} pairs of --n_pairs")
+    if args.task == "uuid" or args.init == "demo":
+        check_context(args.block_size or DEMO_SIZE["block_size"], f"--block_size {args.block_size}")
     if args.batch_size % (args.accumulate * PROCESSES):
         raise ValueError(f"--batch_size {args.batch_size} cannot be cut into {args.accumulate} micro-batches for each "
                          f"of {PROCESSES} processes")
@@ -210,11 +259,17 @@ def check(args):
         raise ValueError(f"the task {args.task} needs --data FILE")
     for file in itertools.chain(*(files or [] for files in (args.data, args.val_data, args.old_data))):
         if not os.path.isfile(file):
-            raise ValueError(f"{file} is not a file")
+            raise ValueError(f"{file!r} is not a file")
     for name in ("fold", "groups"):
         for operator in args.operator if getattr(args, name) else []:
             if name not in mora.OPERATORS[operator].options:
                 raise ValueError(f"--{name} means nothing to the operator {operator}")
+
+
+def check_context(n, name):
+    """ValueError if n tokens, which `name` allows, are too few for a pair of UUIDs."""
+    if n < 2 * data.UUID_LENGTH:
+        raise ValueError(f"{name} is too short: a pair of UUIDs takes {2 * data.UUID_LENGTH} tokens")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,9 +300,10 @@ def choose_device(args):
     if chosen == "cuda":
         chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch gives the reason in its first line
-        raise ValueError(f"--device {chosen} cannot be used: {str(error).splitlines()[0]}") from error
+        torch.ones(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:  # torch gives the reason in its first sentence
+        reason = re.split(r"\. |\n", str(error))[0]
+        raise ValueError(f"--device {chosen} cannot be used ({reason}): --device cpu always can") from error
     kind = torch.device(chosen).type
     if kind == "cuda":
         torch.cuda.set_device(chosen)
@@ -265,7 +321,11 @@ def choose_device(args):
     args.compile = kind == "cuda" if args.compile is None else args.compile
     if PROCESSES > 1:
         patience = datetime.timedelta(hours=2)  # the first process may have data to prepare
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience)
+        try:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{PROCESSES} processes (WORLD_SIZE) cannot be connected: start them with torchrun, or "
+                             f"unset WORLD_SIZE ({str(error).splitlines()[0]})") from error
     return (f"device: {chosen} ({why}), {args.dtype} ({why_dtype}), {'compiled' if args.compile else 'not compiled'}, "
             f"torch {torch.__version__}" + (f", {PROCESSES} processes" if PROCESSES > 1 else ""))
 
@@ -371,11 +431,10 @@ def load_base(args):
         return GPT(GPTConfig(**size_of(args) | {"vocab_size": tokenizer.n_vocab})), tokenizer
     with first_process_first():
         model = GPT.from_pretrained(args.init)
-    tokenizer = data.get_tokenizer(args.tokenizer or ("bytes" if model.config.vocab_size == 257 else "gpt2"))
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, and {args.init} knows "
-                         f"{model.config.vocab_size}")
-    return model, tokenizer
+    name, known = args.tokenizer or ("bytes" if model.config.vocab_size == 257 else "gpt2"), model.config.vocab_size
+    if data.TOKENIZERS[name] > known:
+        raise ValueError(f"--tokenizer {name} has {data.TOKENIZERS[name]} tokens, and {args.init} knows {known}")
+    return model, data.get_tokenizer(name)
 
 
 def size_of(args):
@@ -389,12 +448,13 @@ def demo_base(args):
     identity = json.dumps([size, DEMO_BASE, args.dtype, sys.version_info[:2]])  # each Python has another library
     folder = Path(args.out_dir, f"base-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
     if not (folder / "model.pt").exists():
-        say("pretraining the demo's base, once: half Python's standard library, half random pairs")
         fixed = dict(method="full", accumulate=1, full_warmup=0, eval_every=DEMO_BASE["max_steps"] // 4)
         machine = {name: getattr(args, name) for name in ("device", "dtype", "compile", "resume")}
         config = argparse.Namespace(**DEMO_BASE, **fixed, **machine)
         torch.manual_seed(config.seed)
         model = GPT(GPTConfig(**size)).to(config.device)
+        mora.find_targets(model, args.targets)  # a wrong name is found before the work
+        say("pretraining the demo's base, once: half Python's standard library, half random pairs")
         text = data.DemoText(config.text_size, tokenizer, config.batch_size, config.seed, config.device)
         train(model, text, lambda model: {"loss_on_new_rows": model(*text.batch(-1))[1].item()}, config, folder)
         write(folder / "model.pt", model.export)
@@ -567,8 +627,10 @@ def interrupts():
 
     def note(number, frame):
         if received:
-            raise KeyboardInterrupt("stopped at once: the last checkpoint stands")
+            raise KeyboardInterrupt
         received.append(number)
+        if PROCESS == 0:  # print may be busy
+            os.write(2, b"\ntrain.py: stopping when this step is saved; once more stops at once\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -582,21 +644,31 @@ def interrupts():
 # Files
 
 
+def check_folder(folder):
+    """ValueError, before the work, if `folder` cannot be made or written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be written to ({error}): choose another --out_dir") from error
+
+
 def write(path, save):
     """Let `save` write a file under a temporary name, so that `path` never stands for half a file. One process writes
     for all.
     """
     if PROCESS:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; what was there is unchanged") from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; what was there is unchanged") from error
 
 
 def save_checkpoint(folder, step, rows, losses, config, model, optimizer, scaler):
@@ -619,16 +691,26 @@ def load_checkpoint(path, config, model, optimizer, scaler):
     """Restore a run; -> the number of steps done, the rows so far and the losses since. ValueError if its settings were
     others.
     """
-    try:
+    with usable(path):
         state = torch.load(path, map_location=config.device, weights_only=True)
-        saved, step, rows, losses = (state[name] for name in ("config", "step", "rows", "losses"))
-    except Exception as error:  # whatever torch.load meets in a damaged or foreign file
-        raise ValueError(f"{path} is damaged: delete it to start this run again") from error
+        saved = dict(state["config"])
     check_same(path, saved, config)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return step, rows, losses
+    with usable(path):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        return state["step"], state["rows"], state["losses"]
+
+
+@contextlib.contextmanager
+def usable(path):
+    """Whatever goes wrong with the contents of a damaged or foreign file becomes a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise ValueError(f"{path} is damaged, or of another model ({reason}): move it away to go on without it"
+                         ) from error
 
 
 MAY_CHANGE = {"out_dir", "device", "device_name", "compile", "resume", "eval_every", "spectrum", "export"}
@@ -700,13 +782,17 @@ def run(config, base, tokenizer):
     parts = [config.task, *label(config).split(), f"lr{config.learning_rate:g}", f"seed{config.seed}"]
     folder = Path(config.out_dir, "-".join(parts))
     if config.resume and (folder / "results.json").exists():
-        results = json.loads((folder / "results.json").read_text())
-        check_same(folder / "results.json", results["config"], config)
-        if results["steps"] == config.max_steps and (not config.export or (folder / "model.pt").exists()):
-            say(f"\n{folder}: done before")
+        with usable(folder / "results.json"):
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            saved, steps, _ = dict(results["config"]), results["steps"], results_table([results])
+        check_same(folder / "results.json", saved, config)
+        if steps == config.max_steps and (not config.export or (folder / "model.pt").exists()):
+            say(f"{folder}: done before")
             return results
     say(f"\n{folder}")
-    if not config.resume and folder.exists() and PROCESS == 0:
+    if config.resume and folder.exists():
+        check_folder(folder)
+    elif folder.exists() and PROCESS == 0:
         kept = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
         folder.rename(kept)
         say(f"starts anew: the earlier run is kept in {kept}; --resume would have continued it")
@@ -740,10 +826,12 @@ def run(config, base, tokenizer):
     if config.task == "uuid":
         keys = dataset.tokens[:3, :data.UUID_LENGTH + 1]  # with the colon
         answers = model.eval().generate(keys, data.UUID_LENGTH)[:, data.UUID_LENGTH + 1:]
+        answers = answers.clamp(max=tokenizer.eot_token)  # a model may have been given more tokens than are in use
         results["completions"] = [tokenizer.decode(answer.tolist()) for answer in answers]
     if adapters:
         write(folder / "adapter.pt", lambda path: torch.save(mora.adapter_state_dict(model), path))
-    write(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1, ensure_ascii=False)))
+    write(folder / "results.json", lambda path: path.write_text(
+        json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8"))
     if config.export:
         write(folder / "model.pt", (mora.merge_adapters(model) if adapters else model).export)
     return results
@@ -792,10 +880,14 @@ def update_spectra(model, base):
 # Results
 
 
+def mean_and_deviation(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def over_seeds(values, digits=1):
     """The mean, and the standard deviation if there are several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 def markdown(rows):
@@ -857,18 +949,28 @@ def spectrum_table(results):
 
 
 def draw_spectra(results, path):
-    """The singular values of every run's updates, one panel for each kind of layer."""
+    """The singular values of every setting's update with its first seed: a panel for each kind of layer."""
+    panels = collections.defaultdict(dict)
+    for result in results:
+        for kind, spectrum in result["spectra"].items():
+            panels[kind].setdefault(result["label"], (range(len(spectrum["values"])), spectrum["values"], None))
+    draw(panels, path, xlabel="index", ylabel="singular value of ΔW", yscale="log", ylim=(1e-4, None))
+
+
+def draw(panels, path, **axes_settings):
+    """Write {title: {label: (x, y, error bars or None)}} as a PNG, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return say("matplotlib is not installed: no picture")
-    kinds = list(dict.fromkeys(kind for result in results for kind in result["spectra"]))
-    figure = Figure(figsize=(4 * len(kinds), 3.2), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for result in results:
-            axes.semilogy(result["spectra"].get(kind, {}).get("values", []), label=result["label"])
-        axes.set(title=kind, xlabel="index", ylabel="singular value of ΔW", ylim=(1e-4, None))
-    axes.legend()
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    figure = Figure(figsize=(4 * len(panels) + 2, 4), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for label, (x, y, error) in lines.items():
+            axes.errorbar(x, y, error, label=label, color=f"C{labels.index(label)}", capsize=2)
+        axes.set(title=title, **axes_settings)
+    handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     say(f"drawn: {path}")
 
@@ -895,29 +997,35 @@ Next, for example:
                                                                                        the paper's setting, on a GPU"""
 
 
+def complain(error):
+    """Say what is wrong; -> the exit status."""
+    print(f"train.py: error: {error}", file=sys.stderr)
+    return 2
+
+
 def main(argv=None):
     """Run the command line: all runs, then the table. Ends with status 0, 2 for wrong input, 130 if stopped."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
     results, status = [], 0
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        args = parse_args(argv)
         say(choose_device(args))
-        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out_dir).close()  # a folder that cannot be written is found before the work
+        check_folder(args.out_dir)
         base, tokenizer = load_base(args)
         base.to(args.device)
-        if args.task == "uuid":
-            say(f"{args.n_pairs} pairs to memorize; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")
         mora.find_targets(base, args.targets)  # a wrong name is found before, not between, the runs
-        if (args.block_size or 0) > base.config.block_size:
-            raise ValueError(f"--block_size {args.block_size} exceeds the context of {args.init}, "
-                             f"{base.config.block_size} tokens")
+        context = base.config.block_size
+        if (args.block_size or 0) > context:
+            raise ValueError(f"--block_size {args.block_size} exceeds the context of {args.init}, {context} tokens")
+        if args.task == "uuid":
+            check_context(context, f"the context of {args.init}")
+            say(f"{args.n_pairs} pairs to memorize; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")
         for config in runs(args):
             try:
                 results.append(run(config, base, tokenizer))
             except Diverged as error:  # one run of several may, at a rate too high
-                print(f"train.py: error: {error}", file=sys.stderr)
-                status = 2
+                status = complain(error)
         if results:
             say("\n" + results_table(results))
             best = at_best_rate(results)
@@ -926,18 +1034,25 @@ def main(argv=None):
         if args.spectrum and any(result["spectra"] for result in results):
             say("\n" + spectrum_table(results))
             draw_spectra(results, Path(args.out_dir, f"{args.task}-spectra.png"))
-    except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt as interrupt:
-        print(f"\ntrain.py: {interrupt or 'stopped'}", file=sys.stderr)
-        status = 130
-    else:
         if args.task == "uuid":
             first = [result for result in results if result["seed"] == args.seed[0]]
             show_completions(first, data.uuid_pairs(3, args.seed[0])[:args.n_pairs])
         if not argv:
             say(NEXT)
+    except BrokenPipeError:  # nobody reads on, as in `python train.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's last flush may go
+        status = 141  # as if SIGPIPE had ended the program
+    except (ValueError, OSError) as error:
+        status = complain(error)
+    except (MemoryError, RuntimeError) as error:  # torch has an exception of its own on CUDA only
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of|enough) memory", str(error)):
+            raise
+        status = complain("there is not enough memory: try a smaller --batch_size, more micro-batches (--accumulate), "
+                          "or a smaller model")
+    except KeyboardInterrupt as interrupt:
+        print(f"\ntrain.py: {str(interrupt) or 'stopped: the same command with --resume goes on from what is saved'}",
+              file=sys.stderr)
+        status = 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -945,4 +1060,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has an r̂
     main()

@@ -161,7 +161,8 @@ def test_a_txt_file_is_one_document(tmp_path, name, text):
 def test_every_line_of_json_is_a_document(tmp_path, name):
     rows = [{"text": text, "url": "https://x", "timestamp": i} for i, text in enumerate(TEXTS)]
     assert list(data.read_documents(write(tmp_path / name, json_lines(rows)))) == TEXTS
-    assert list(data.read_documents(write(tmp_path / name, "\n" + json_lines(rows).replace("\n", "\r\n \n").rstrip()))) == TEXTS
+    assert list(data.read_documents(write(tmp_path / name,
+                                          "\n" + json_lines(rows).replace("\n", "\r\n \n").rstrip()))) == TEXTS
 
 
 @pytest.mark.parametrize("name, content", [("a.txt", "text"), ("a.jsonl", '{"text": "text"}')])
@@ -179,7 +180,8 @@ def test_documents_are_read_as_they_are_asked_for(tmp_path):
 @pytest.mark.parametrize("line, complaint", [
     (b"{'text': 1}", "object of JSON.*'text'"), (b'{"text": "cut', "object of JSON"), (b'["text"]', "object of JSON"),
     (b"12", "object of JSON"),
-    (b'{"txt": "x"}', "no field text"), (b'{"text": 3}', "text is not a string"), (b'{"text": null}', "text is not a string"),
+    (b'{"txt": "x"}', "no field text"), (b'{"text": 3}', "text is not a string"),
+    (b'{"text": null}', "text is not a string"),
     (b'{"text": "\xff"}', "not UTF-8"), (b"[" * 100_000, "object of JSON"),
     (b'{"text": ' + b"1" * 5000 + b"}", "object of JSON|not a string"),
 ], ids=range(10))
@@ -197,15 +199,20 @@ def test_a_txt_file_that_is_no_utf8_is_named_with_the_line(tmp_path, name):
         list(data.read_documents(write(tmp_path / name, b"one\ntwo\nthr\xe9e\nfour\xff\n")))
 
 
-WHOLE = gzip.compress(json_lines({"text": str(number)} for number in np.random.default_rng(0).random(5000).tolist()).encode())
+WHOLE = gzip.compress(json_lines({"text": str(number)}
+                                 for number in np.random.default_rng(0).random(5000).tolist()).encode())
 
 
 @pytest.mark.parametrize("name, content, complaint", [
-    ("a.txt", b"", "is empty"), ("a.txt", b" \n\n", "is empty"), ("a.jsonl", b"", "is empty"), ("a.jsonl", b"\n\n", "is empty"),
+    ("a.txt", b"", "is empty"), ("a.txt", b" \n\n", "is empty"), ("a.jsonl", b"", "is empty"),
+    ("a.jsonl", b"\n\n", "is empty"),
     ("a.jsonl.gz", b"", "is empty"), ("a.txt.gz", gzip.compress(b""), "is empty"),
-    ("a.txt", b"\x89PNG\r\n\x1a\n\x00\xff", "a.txt:1: not UTF-8"), ("a.jsonl", b"\x89PNG\r\n\x1a\n", "a.jsonl:1: not UTF-8"),
-    ("a.json.gz", b"<!DOCTYPE html>", "corrupt or cut short"), ("a.json.gz", WHOLE[:-4000], "cut short.*delete it and run again"),
-    ("a.txt.gz", WHOLE[:-1], "cut short.*delete it and run again"), ("a.txt.gz", WHOLE[:9000] + b"\xff" * 40_000, "corrupt"),
+    ("a.txt", b"\x89PNG\r\n\x1a\n\x00\xff", "a.txt:1: not UTF-8"),
+    ("a.jsonl", b"\x89PNG\r\n\x1a\n", "a.jsonl:1: not UTF-8"),
+    ("a.json.gz", b"<!DOCTYPE html>", "corrupt or cut short"),
+    ("a.json.gz", WHOLE[:-4000], "cut short.*delete it and run again"),
+    ("a.txt.gz", WHOLE[:-1], "cut short.*delete it and run again"),
+    ("a.txt.gz", WHOLE[:9000] + b"\xff" * 40_000, "corrupt"),
     ("a.json.gz", WHOLE[:-8] + bytes(8), "corrupt"),
     ("a.pdf", b"text", "must end in .txt, .jsonl"), ("a", b"text", "must end in"), ("a.gz", b"text", "must end in"),
 ], ids=range(16))
@@ -218,7 +225,8 @@ def test_a_file_without_text_is_named(tmp_path, name, content, complaint):
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     (tmp_path / "folder.txt").mkdir()
-    for name, complaint in [("none.jsonl", "No such file"), ("none.txt.gz", "No such file"), ("folder.txt", "directory|denied")]:
+    for name, complaint in [("none.jsonl", "No such file"), ("none.txt.gz", "No such file"),
+                            ("folder.txt", "directory|denied")]:
         with pytest.raises(ValueError, match=rf"{name} cannot be read: .*({complaint})"):
             list(data.read_documents(tmp_path / name))
     with pytest.raises(ValueError, match="none.jsonl cannot be read: No such file"):
@@ -236,7 +244,8 @@ def parts(*paths):
 @pytest.mark.parametrize("n", [2, 19, 20, 21, 41, 100])
 def test_every_20th_document_is_for_validation(tmp_path, n):
     texts = [f"text {i}" for i in range(n)]
-    halves = [write(tmp_path / f"{i}.jsonl", json_lines({"text": text} for text in half)) for i, half in enumerate([texts[:1], texts[1:]])]
+    halves = [write(tmp_path / f"{i}.jsonl", json_lines({"text": text} for text in half))
+              for i, half in enumerate([texts[:1], texts[1:]])]
     train, val = parts(*halves)
     assert val == texts[::20] and train == [text for text in texts if text not in val]
     assert list(data.Documents(halves)) == texts
@@ -249,7 +258,8 @@ def test_a_single_document_is_cut(tmp_path):
 
 
 def test_share_is_how_much_of_the_files_has_been_read(tmp_path):
-    paths = [write(tmp_path / name, json_lines({"text": os.urandom(5000).hex()} for _ in range(50))) for name in ("a.jsonl", "b.jsonl.gz")]
+    paths = [write(tmp_path / name, json_lines({"text": os.urandom(5000).hex()} for _ in range(50)))
+             for name in ("a.jsonl", "b.jsonl.gz")]
     documents = data.Documents(paths)
     shares = [documents.share for _ in documents]
     assert shares == sorted(shares) and 0 < shares[0] < 0.1 and shares[-1] == 1
@@ -270,7 +280,8 @@ def words_tokenizer(end=60_000):
 
 def random_text(size, seed=0):
     rng = np.random.default_rng(seed)
-    return "".join(rng.choice(["abc", "a", " ", "  ", "\n", "\n\n", "12", "...", "ü", "日本", "🙂", "\t", "\x1c", "\u3000"], size))
+    return "".join(rng.choice(["abc", "a", " ", "  ", "\n", "\n\n", "12", "...", "ü", "日本", "🙂", "\t", "\x1c",
+                               "\u3000"], size))
 
 
 @pytest.mark.parametrize("size", [50, 200])  # so that there is always a place to cut in time
@@ -281,7 +292,8 @@ def test_no_token_changes_where_a_text_is_cut_into_pieces(monkeypatch, size):
         cut = list(data.pieces(text))
         assert "".join(piece for piece, _ in cut) == text and len(cut) > len(text) / (3 * size)
         assert [last for _, last in cut] == [False] * (len(cut) - 1) + [True]
-        assert [token for piece, _ in cut for token in tokenizer.encode_ordinary(piece)] == tokenizer.encode_ordinary(text)
+        tokens = [token for piece, _ in cut for token in tokenizer.encode_ordinary(piece)]
+        assert tokens == tokenizer.encode_ordinary(text)
 
 
 def test_a_text_without_spaces_is_cut_all_the_same(monkeypatch):
@@ -343,8 +355,9 @@ def test_progress_has_speed_and_time_left(tmp_path, monkeypatch, capsys):
 
 def test_tokens_are_made_once_and_anew_after_a_change(tmp_path, monkeypatch):
     made, tokenize = [], data.tokenize
-    monkeypatch.setattr(data, "tokenize", lambda documents, tokenizer, path: made.append(path) or tokenize(documents, tokenizer, path))
-    one, two = (write(tmp_path / name, json_lines({"text": f"{name} {i}"} for i in range(40))) for name in ("a.jsonl", "b.jsonl"))
+    monkeypatch.setattr(data, "tokenize", lambda *args: made.append(args[-1]) or tokenize(*args))
+    one, two = (write(tmp_path / name, json_lines({"text": f"{name} {i}"} for i in range(40)))
+                for name in ("a.jsonl", "b.jsonl"))
 
     def get(paths=(one, two), val=None, tokenizer=BYTES):
         before = len(made)
@@ -359,7 +372,8 @@ def test_tokens_are_made_once_and_anew_after_a_change(tmp_path, monkeypatch):
 
     assert get(tokenizer=words_tokenizer())[2] == 2 and get([one])[2] == 2 and get([two, one])[2] == 2
     all_of_one, all_of_two, n = get([one], [two])
-    assert n == 2 and tokens_of(all_of_one) == plain_tokens(texts[:40]) and tokens_of(all_of_two) == plain_tokens(texts[40:])
+    assert n == 2 and tokens_of(all_of_one) == plain_tokens(texts[:40])
+    assert tokens_of(all_of_two) == plain_tokens(texts[40:])
     assert get() == (train, val, 0)
 
     time = one.stat().st_mtime_ns
@@ -513,7 +527,8 @@ def test_what_no_second_try_can_help_is_said_at_once(server, tmp_path, path, con
         server.files[path] = content
     else:
         server.faults = [content]
-    with pytest.raises(ValueError, match=rf"^http.*{path} cannot be downloaded \(.*{complaint}.*--c4_url.*put it at .*a\.gz$") as caught:
+    message = rf"^http.*{path} cannot be downloaded \(.*{complaint}.*--c4_url.*put it at .*a\.gz$"
+    with pytest.raises(ValueError, match=message) as caught:
         data.download(server.url + path, tmp_path / "a.gz")
     assert len(server.requests) == 1 and os.listdir(tmp_path) == [] and "\n" not in str(caught.value)
 
@@ -546,9 +561,11 @@ def test_progress_of_a_download(server, tmp_path, monkeypatch, capsys):
 
 
 def c4_mirror(shards):
-    names = [f"/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(shards)] + ["/en/c4-validation.00000-of-00008.json.gz"]
+    names = [*(f"/en/c4-train.{i:05d}-of-01024.json.gz" for i in range(shards)),
+             "/en/c4-validation.00000-of-00008.json.gz"]
     texts = [[f"text {i} of {name}" for i in range(25)] for name in names]
-    return {name: gzip.compress(json_lines({"text": text} for text in some).encode()) for name, some in zip(names, texts)}, texts
+    shard = [gzip.compress(json_lines({"text": text} for text in some).encode()) for some in texts]
+    return dict(zip(names, shard)), texts
 
 
 def test_c4_is_downloaded_and_tokenized_once(server, tmp_path):
@@ -579,7 +596,8 @@ def test_a_corrupt_shard_is_named(server, tmp_path):
     server.files, _ = c4_mirror(1)
     name = "/en/c4-train.00000-of-01024.json.gz"
     server.files[name] = server.files[name][:-30]
-    with pytest.raises(ValueError, match=r"c4-train.00000-of-01024.json.gz is corrupt or cut short .*delete it and run again"):
+    with pytest.raises(ValueError,
+                       match=r"c4-train.00000-of-01024.json.gz is corrupt or cut short .*delete it and run again"):
         data.c4_tokens(server.url, 1, BYTES, tmp_path)
     assert not list(tmp_path.glob("*.bin*"))
 
@@ -621,7 +639,8 @@ def test_the_targets_of_text_are_the_next_tokens(tmp_path):
     text = data.Text(train, val, 8, 4, seed=0)
     (idx, targets), (val_idx, val_targets) = text.batch(7), next(text.validation())
     assert idx.shape == targets.shape == (4, 8)
-    for idx, targets in ((idx, targets), (val_idx[:-1], val_targets[:-1])):  # the last row of validation may be filled up
+    val_idx, val_targets = val_idx[:-1], val_targets[:-1]  # the last row of validation may be filled up
+    for idx, targets in ((idx, targets), (val_idx, val_targets)):
         assert idx.dtype == targets.dtype == torch.long
         assert torch.equal(targets, idx + 1) and torch.equal(idx, idx[:, :1] + torch.arange(8))
 
@@ -632,10 +651,12 @@ def test_text_rows_come_from_every_place_of_every_file_and_never_cross_files(tmp
     idx, targets = text.batch(0)
     starts = idx[:, 0].tolist()
     assert sorted(set(starts)) == [0, 1, 2, 3, 10_000] + list(range(20_000, 20_012)) and torch.equal(targets, idx + 1)
-    assert all(70 < starts.count(place) < 170 for place in (0, 3, 10_000, 20_000, 20_011))  # 2000 / 17 each, and 4 deviations
+    some = (0, 3, 10_000, 20_000, 20_011)
+    assert all(70 < starts.count(place) < 170 for place in some)  # 2000 / 17 each, and 4 deviations
 
 
-@pytest.mark.parametrize("size, val_tokens, predicted", [(100, 1000, 99), (97, 96, 96), (100, 50, 50), (9, 50, 8), (1000, 17, 17)])
+@pytest.mark.parametrize("size, val_tokens, predicted",
+                         [(100, 1000, 99), (97, 96, 96), (100, 50, 50), (9, 50, 8), (1000, 17, 17)])
 def test_validation_predicts_each_token_once_at_any_batch_size(tmp_path, size, val_tokens, predicted):
     train, val = token_files(tmp_path, 50, size)
     for batch_size in (1, 3, 64):
@@ -643,7 +664,8 @@ def test_validation_predicts_each_token_once_at_any_batch_size(tmp_path, size, v
         idx, targets = (torch.cat(tensors) for tensors in zip(*batches))
         assert all(len(idx) == batch_size for idx, _ in batches[:-1]) and idx.shape[1] == 8
         kept = targets != -100
-        assert targets[kept].tolist() == list(range(10_001, 10_001 + predicted)) and torch.equal(idx[kept], targets[kept] - 1)
+        assert targets[kept].tolist() == list(range(10_001, 10_001 + predicted))
+        assert torch.equal(idx[kept], targets[kept] - 1)
         assert kept[:-1].all() and idx.min() >= 0
 
 
@@ -669,11 +691,13 @@ def test_the_largest_token_fits(tmp_path):
 
 
 @pytest.mark.parametrize("row, pair", [
-    ({"prompt": "2 + 2 =", "completion": "4"}, ("2 + 2 =\n", "4")), ({"prompt": "2 + 2 = ", "completion": "4"}, ("2 + 2 = ", "4")),
+    ({"prompt": "2 + 2 =", "completion": "4"}, ("2 + 2 =\n", "4")),
+    ({"prompt": "2 + 2 = ", "completion": "4"}, ("2 + 2 = ", "4")),
     ({"prompt": "2 + 2 =", "completion": " 4"}, ("2 + 2 =", " 4")), ({"prompt": "", "completion": " 4"}, ("\n", " 4")),
     ({"query": "Q\n", "response": "R", "type": 3}, ("Q\n", "R")), ({"prompt": "p", "completion": ""}, ("p\n", "")),
     ({"instruction": "Add", "input": "2 2", "output": "4"}, ("Add\n2 2\n", "4")),
-    ({"instruction": "Add", "input": "", "output": "4"}, ("Add\n", "4")), ({"instruction": "Add", "output": "4"}, ("Add\n", "4")),
+    ({"instruction": "Add", "input": "", "output": "4"}, ("Add\n", "4")),
+    ({"instruction": "Add", "output": "4"}, ("Add\n", "4")),
     ({"prompt": "p", "input": "not this", "completion": "c"}, ("p\n", "c")),
 ])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.gz"])
@@ -682,9 +706,11 @@ def test_the_usual_names_of_prompt_and_completion(tmp_path, name, row, pair):
 
 
 @pytest.mark.parametrize("line, complaint", [
-    ('{"prompt": "p", "response": "r"}', "prompt and completion, instruction and output, query and response, not prompt and response"),
+    ('{"prompt": "p", "response": "r"}',
+     "prompt and completion, instruction and output, query and response, not prompt and response"),
     ("{}", "none"),
-    ('{"prompt": "p", "completion": 4}', "completion is not a string"), ('{"query": null, "response": "r"}', "query is not a string"),
+    ('{"prompt": "p", "completion": 4}', "completion is not a string"),
+    ('{"query": null, "response": "r"}', "query is not a string"),
     ('{"instruction": "i", "input": 3, "output": "o"}', "input is not a string"), ("text", "object of JSON"),
 ])
 def test_a_bad_pair_is_named(tmp_path, line, complaint):
@@ -695,7 +721,8 @@ def test_a_bad_pair_is_named(tmp_path, line, complaint):
 
 @pytest.mark.parametrize("n", [2, 20, 21, 45])
 def test_every_20th_pair_is_for_validation(tmp_path, n):
-    one, two = (write(tmp_path / f"{name}.jsonl", json_lines({"query": f"{name}{i}", "response": "r"} for i in range(n))) for name in "qw")
+    one, two = (write(tmp_path / f"{q}.jsonl", json_lines({"query": f"{q}{i}", "response": "r"} for i in range(n)))
+                for q in "qw")
     pairs = [(f"q{i}\n", "r") for i in range(n)]
     train, val = data.prompt_pairs([one], None)
     assert val == pairs[::20] and train == [pair for pair in pairs if pair not in val]
@@ -719,7 +746,8 @@ def decoded(idx, targets):
     rows = []
     for tokens, wanted in zip(idx.tolist(), targets.tolist()):
         assert wanted.count(BYTES.eot_token) <= 1 and all(a == b for a, b in zip(tokens[1:], wanted) if b != -100)
-        rows.append(tuple(BYTES.decode([token for token in some if token not in (-100, BYTES.eot_token)]) for some in (tokens, wanted)))
+        rows.append(tuple(BYTES.decode([token for token in some if token not in (-100, BYTES.eot_token)])
+                          for some in (tokens, wanted)))
     return rows
 
 
@@ -728,11 +756,13 @@ def test_the_targets_are_the_completion_and_the_end():
     pairs = some_pairs(23)
     data_set = data.PromptPairs(pairs, pairs, BYTES, block_size=256, batch_size=5, seed=0)
     batches = list(data_set.validation())
-    assert [row for batch in batches for row in decoded(*batch)] == [(prompt + completion, completion) for prompt, completion in pairs]
+    expected = [(prompt + completion, completion) for prompt, completion in pairs]
+    assert [row for batch in batches for row in decoded(*batch)] == expected
     assert (data_set.cut, data_set.dropped) == (0, 0) and [len(idx) for idx, _ in batches] == [5, 5, 5, 5, 3]
     for tokens, wanted in (row for batch in batches for row in zip(*batch)):
         kept = (wanted != -100).nonzero().flatten().tolist()
-        assert kept == list(range(kept[0], kept[-1] + 1)) and wanted[kept[-1]] == BYTES.eot_token  # in one piece, and the end last
+        assert kept == list(range(kept[0], kept[-1] + 1)), "in one piece"
+        assert wanted[kept[-1]] == BYTES.eot_token, "the end last"
         assert (tokens[kept[-1] + 1:] == BYTES.eot_token).all() and BYTES.eot_token not in tokens[:kept[-1] + 1]
 
 
@@ -753,7 +783,8 @@ def test_long_rows_are_cut_or_dropped_and_counted():
                 ("pppppppppp", "c"), ("pppppppppp", "")]
     assert decoded(*data_set.pad(data_set.train)) == expected and decoded(*next(data_set.validation())) == expected[:3]
     assert (data_set.cut, data_set.dropped) == (5, 2)  # three of the training rows, two of validation
-    with pytest.raises(ValueError, match="no prompt of the 2 lines leaves room for its completion within --block_size 10"):
+    with pytest.raises(ValueError,
+                       match="no prompt of the 2 lines leaves room for its completion within --block_size 10"):
         data.PromptPairs(pairs, pairs[5:7], BYTES, 10, 8, seed=0)
 
 
@@ -765,7 +796,8 @@ def test_every_epoch_goes_through_all_pairs(n, batch_size):
     assert all(len(idx) == batch_size for idx, _ in batches)
     rows = [row for batch in batches for row in decoded(*batch)]
     epochs = [rows[start:start + n] for start in range(0, len(rows) - n + 1, n)]
-    assert all(sorted(epoch) == sorted((prompt + completion, completion) for prompt, completion in pairs) for epoch in epochs)
+    expected = sorted((prompt + completion, completion) for prompt, completion in pairs)
+    assert all(sorted(epoch) == expected for epoch in epochs)
     assert n < 7 or len(set(map(tuple, epochs))) == len(epochs)
 
 
@@ -782,4 +814,5 @@ def test_batches_of_pairs_are_a_function_of_seed_and_step():
 def test_many_pairs_are_encoded_in_order():
     pairs = [(f"{i}\n", f"{i}") for i in range(10_050)]
     data_set = data.PromptPairs(pairs, pairs[:1], BYTES, 256, 4, seed=0)
-    assert [BYTES.decode(tokens[:-1].tolist()) for _, tokens in data_set.train] == [prompt + completion for prompt, completion in pairs]
+    texts = [BYTES.decode(tokens[:-1].tolist()) for _, tokens in data_set.train]
+    assert texts == [prompt + completion for prompt, completion in pairs]

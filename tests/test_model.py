@@ -217,7 +217,9 @@ def test_heads_are_64_wide_by_default_and_half_precision_becomes_single(tmp_path
     ("h.0.attn.q_norm.weight", torch.ones(6), r"h.0.attn.q_norm.weight is \(6,\) in the file, and absent"),
     ("h.10.ln_1.weight", torch.ones(24), "h.10.attn.c_attn.bias is absent in the file"),
     ("h.2.attn.c_attn.weight", torch.ones(72, 24), r"h.2.attn.c_attn.weight is \(24, 72\) in the file, and \(72, 24\)"),
-    ("lm_head.weight", torch.ones(31, 24), "lm_head.weight differs from wte.weight")])
+    ("lm_head.weight", torch.ones(31, 24), "lm_head.weight differs from wte.weight"),
+    ("wte.weight", torch.ones(31), "no wte.weight of 2 dimensions"), ("wpe.weight", torch.tensor(1.0), "no wpe.weight"),
+    ("ln_f.bias", torch.full((24,), math.nan), "ln_f.bias is not finite")])
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, name, value, message):
     state = gpt2_checkpoint(random_gpt()) | {name: value}
     torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, tmp_path / "gpt2.bin")
@@ -277,7 +279,8 @@ def test_a_published_model_is_downloaded_once(hub, tmp_path):
 def test_a_download_that_fails_says_so_in_one_line(hub, reason, monkeypatch):
     if reason == "refused":
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port of the discard service: nobody listens
-    with pytest.raises(ValueError, match=rf"^gpt2-xl cannot be downloaded \(.*{reason}.*\): get the file elsewhere and give its path$"):
+    message = rf"^gpt2-xl cannot be downloaded \(.*{reason}.*\): get the file elsewhere and give its path$"
+    with pytest.raises(ValueError, match=message):
         GPT.from_pretrained("gpt2-xl")
 
 
@@ -303,6 +306,7 @@ def test_an_interrupted_export_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         random_gpt(seed=3).export(path)
     assert torch.equal(GPT.from_pretrained(path).wte.weight, random_gpt().wte.weight)
+    assert list(tmp_path.iterdir()) == [Path(path)], "no half file stays"
 
 
 def test_adapters_are_merged_before_export(tmp_path):

@@ -375,6 +375,18 @@ def test_short_cut_is_for_many_tokens_and_first_gradients():
         grad.sum().backward()
 
 
+def test_gradients_of_single_samples():
+    model, layer = adapted(12, 12)
+    x, M = randn(4, 30, 12), layer.M.detach()
+
+    def loss(M, x):
+        return torch.func.functional_call(model, {"0.M": M}, x).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0))(M, x)
+    expected = [torch.autograd.grad(model(sample).square().sum(), layer.M)[0] for sample in x]
+    assert_close(got, torch.stack(expected), "torch.func sees the same gradients")
+
+
 @pytest.mark.parametrize("operator", ["truncation", "sharing", "decoupling"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_short_cut_rounds_once_as_merging_does(autocast, operator):
