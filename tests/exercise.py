@@ -81,8 +81,8 @@ class Part:
 def read(path):
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise Wrong(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Wrong(f"{path} cannot be read: {error}") from None
 
 
 def write(path, text):

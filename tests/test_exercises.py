@@ -18,7 +18,7 @@ import data
 import mora
 import train
 from mora import OPERATORS, DoRALinear, MoRALinear
-from test_mora import assert_close, formula, kind, randn, randomise, rotation_matrix
+from test_mora import assert_close, dora, formula, kind, randn, randomise, rotation_matrix
 
 SHAPES = [(6, 12, 2), (12, 6, 2), (13, 20, 4), (20, 13, 6), (9, 5, 4), (5, 3, 1), (7, 7, 7)]  # k, d, r̂
 
@@ -266,6 +266,13 @@ def test_dora_begins_as_the_layer_it_wraps():
 
 
 @pytest.mark.ex12
+def test_dora_drops_only_what_goes_through_A_and_B():
+    layer, x = randomise(DoRALinear(nn.Linear(5, 8, dtype=torch.float64), 2, dropout=1.0)), randn(2, 3, 5)
+    assert_close(layer.train()(x), dora(layer, x, 0 * x), "with B A's input dropped, W0 x is left, scaled as before")
+    assert_close(layer.eval()(x), dora(layer, x, x), "eval() knows no dropout")
+
+
+@pytest.mark.ex12
 def test_dora_merges():
     for bias in (True, False):
         layer, x = randomise(DoRALinear(nn.Linear(5, 8, bias, dtype=torch.float64), 2)), randn(2, 3, 5)
@@ -402,7 +409,7 @@ SIZES = [(13, 22), (22, 13), (12, 12), (7, 31)]  # k, d
 
 
 def every_operator():
-    """(what is tested, a function that makes the layer, k, d) for each operator and shape, with M at random."""
+    """(what it is, a layer with M at random, k, d) for each operator, shape and rank."""
     for name, (k, d), rank in itertools.product(OPERATORS, SIZES, (1, 3)):
         layer = randomise(MoRALinear(nn.Linear(k, d, dtype=torch.float64), rank, name))
         yield f"{name}, {k} inputs, {d} outputs, rank {rank}", layer, k, d

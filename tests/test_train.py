@@ -111,8 +111,8 @@ def test_learning_rate_after_a_full_rank_warmup():
 
 @pytest.mark.ex16
 def test_merges_come_every_so_often_but_not_at_the_end():
-    assert [step for step in range(24) if train.merges_after(step, config(method="remora"))] == [7, 15], "after 8 and 16 steps"
-    assert not any(train.merges_after(step, config(method="mora")) for step in range(24)), "MoRA never merges"
+    assert [step for step in range(24) if train.merges_after(step, config(method="remora"))] == [7, 15]
+    assert not any(train.merges_after(step, config(method="mora")) for step in range(24)), "it is for ReLoRA and ReMoRA"
 
 
 def test_lora_plus_gives_b_its_own_rate():
