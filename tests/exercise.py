@@ -81,12 +81,12 @@ class Part:
 def read(path):
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise Wrong(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Wrong(f"{path} cannot be read: {error}") from None
 
 
 def write(path, text):
-    """Write a file with the line ends that it had, and under a temporary name first, so that it is never half a file."""
+    """Write a file with the line ends that it had, under a temporary name first, so that it is never half a file."""
     newline = "\r\n" if path.exists() and b"\r\n" in path.read_bytes() else "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -96,7 +96,8 @@ def write(path, text):
 
 def find_exercises(root=ROOT):
     """({number: title}, {number: parts}): titles from EXERCISES.md, parts from the comments in the sources."""
-    titles = {int(number): title for number, title in re.findall(r"(?m)^### (\d+)\. (.+)$", read(root / "EXERCISES.md"))}
+    headings = re.findall(r"(?m)^### (\d+)\. (.+)$", read(root / "EXERCISES.md"))
+    titles = {int(number): title for number, title in headings}
     parts = {number: [] for number in titles}
     for path in (root / name for name in FILES):
         try:
@@ -132,7 +133,7 @@ def main(argv=None, root=ROOT):
         for number in dict.fromkeys(args.number):
             for part in parts[number]:
                 part.put_back() if args.solution else part.take_out()
-            done = "the solution is in place" if args.solution else f"taken out; python -m pytest -m ex{number} grades yours"
+            done = IN_PLACE if args.solution else f"{OUT}; python -m pytest -m ex{number} grades what you write"
             print(f"exercise {number}, {titles[number]}: {done}")
         for number, title in titles.items() if not args.number else ():
             states = {part.state for part in parts[number]}

@@ -18,7 +18,7 @@ import data
 import mora
 import train
 from mora import OPERATORS, DoRALinear, MoRALinear
-from test_mora import assert_close, formula, kind, randn, randomise, rotation_matrix
+from test_mora import assert_close, dora, formula, kind, randn, randomise, rotation_matrix
 
 SHAPES = [(6, 12, 2), (12, 6, 2), (13, 20, 4), (20, 13, 6), (9, 5, 4), (5, 3, 1), (7, 7, 7)]  # k, d, r̂
 
@@ -47,7 +47,7 @@ def test_truncation():
         kept = torch.stack([x[..., j] for j in range(size)], dim=-1)
         assert_close(operator.compress(x), kept, f"compress keeps the first {size} of {k} inputs")
         y = torch.stack([z[..., i] if i < size else 0 * z[..., 0] for i in range(d)], dim=-1)
-        assert_close(operator.decompress(z), y, f"decompress writes the first {size} of {d} outputs, and zeros after them")
+        assert_close(operator.decompress(z), y, f"decompress writes the first {size} of {d} outputs, then zeros")
 
 
 def sharing(k, d, size):
@@ -109,8 +109,8 @@ def test_decoupling_lays_the_rows_side_by_side(fold):
         y = torch.zeros(2, 3, d, dtype=z.dtype)
         for i in range(max(d, n * size) if fold else d):
             y[..., i % d] += z[..., i % (n * size) // size, i % size]
-        what = "repeated" if d > n * size else "as they are" if d == n * size else "added from the front" if fold else "cut"
-        assert_close(operator.decompress(z), y, f"{n} rows of {size} make {n * size} numbers, for {d} outputs {what}")
+        what = "repeated" if d > n * size else "folded" if fold else "cut"
+        assert_close(operator.decompress(z), y, f"{n} rows of {size} make {n * size} numbers, {what} for {d} outputs")
 
 
 @pytest.mark.ex6
@@ -130,9 +130,10 @@ def test_rotation_turns_row_i_by_i_times_theta():
         operator, x = make(k, d, size, "rotation"), randn(2, 3, k)
         rows = F.pad(x, (0, -k % size)).view(2, 3, -1, size)
         turned = torch.stack([rows[..., i, :] @ rotation_matrix(size, i).T for i in range(rows.shape[-2])], dim=-2)
-        assert_close(operator.compress(x), turned, f"{k} inputs in rows of {size}; row 0 stays, row i turns by i θ_j", tol=1e-6)
+        hint = f"{k} inputs in rows of {size}; row 0 stays, row i turns by i θ_j"
+        assert_close(operator.compress(x), turned, hint, tol=1e-6)
         first, back = operator.rotate(turned[..., :1, :]), operator.rotate(turned, back=True)
-        assert_close(first, turned[..., :1, :], "rotate of fewer rows than there are: the first angles are theirs", tol=1e-6)
+        assert_close(first, turned[..., :1, :], "rotate, of fewer rows: the first angles are theirs", tol=1e-6)
         assert_close(back, rows, "back=True turns the other way, so that nothing is left of a rotation", tol=1e-6)
         assert not operator.state_dict(), "the angles follow from the shape: no state dict needs their tables"
 
@@ -265,6 +266,13 @@ def test_dora_begins_as_the_layer_it_wraps():
 
 
 @pytest.mark.ex12
+def test_dora_drops_only_what_goes_through_A_and_B():
+    layer, x = randomise(DoRALinear(nn.Linear(5, 8, dtype=torch.float64), 2, dropout=1.0)), randn(2, 3, 5)
+    assert_close(layer.train()(x), dora(layer, x, 0 * x), "with B A's input dropped, W0 x is left, scaled as before")
+    assert_close(layer.eval()(x), dora(layer, x, x), "eval() knows no dropout")
+
+
+@pytest.mark.ex12
 def test_dora_merges():
     for bias in (True, False):
         layer, x = randomise(DoRALinear(nn.Linear(5, 8, bias, dtype=torch.float64), 2)), randn(2, 3, 5)
@@ -310,10 +318,10 @@ def test_restart_forgets_what_the_optimizer_knew_of_the_adapters():
             optimizer.step()
         a = generator(3)
         train.restart(model, optimizer, a)
-    assert len(given) == 2 and all(each is a for each in given), "both adapters are merged and reset, with the generator"
+    assert len(given) == 2 and all(each is a for each in given), "both adapters are merged and reset by the generator"
     known = {name for name, p in model.named_parameters() if optimizer.state.get(p)}
     assert not known & {"0.M", "2.M"}, "Adam still has means of M's old gradients, which would move the new M"
-    assert known == {"1.weight", "1.bias"}, f"what is in no adapter keeps its state, expected that of the norm, got {known}"
+    assert known == {"1.weight", "1.bias"}, f"what is in no adapter, the norm here, keeps its state: got {known}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,7 +353,7 @@ def test_the_mask_of_a_worked_example():
     dataset = data.PromptPairs([("ab", "cde"), ("f", "")], [("g", "h")], data.get_tokenizer("bytes"), 8, 2, seed=0)
     idx, targets = dataset.pad(dataset.train)
     a, b, c, d, e, f, end, none = *b"abcdef", 256, -100
-    assert idx.tolist() == [[a, b, c, d, e, end, end, end], [f] + [end] * 7], "idx: the tokens but the last, then padding"
+    assert idx.tolist() == [[a, b, c, d, e, end, end, end], [f] + [end] * 7], "idx: the tokens but the last, padding"
     assert targets.tolist() == [[none, c, d, e, end, none, none, none], [end] + [none] * 7], (
         "targets: what follows each token, if it belongs to the completion or is the end; -100 elsewhere")
 
@@ -401,7 +409,7 @@ SIZES = [(13, 22), (22, 13), (12, 12), (7, 31)]  # k, d
 
 
 def every_operator():
-    """(what is tested, a function that makes the layer, k, d) for each operator and shape, with M at random."""
+    """(what it is, a layer with M at random, k, d) for each operator, shape and rank."""
     for name, (k, d), rank in itertools.product(OPERATORS, SIZES, (1, 3)):
         layer = randomise(MoRALinear(nn.Linear(k, d, dtype=torch.float64), rank, name))
         yield f"{name}, {k} inputs, {d} outputs, rank {rank}", layer, k, d
@@ -434,7 +442,8 @@ def test_an_operator_merges_exactly():
 def test_an_operator_keeps_the_budget_and_learns():
     for what, layer, k, d in every_operator():
         own = {name: p.numel() for name, p in layer.named_parameters() if p.requires_grad}
-        assert sum(own.values()) <= (k + d) * layer.rank, f"{what}: LoRA has {(k + d) * layer.rank} parameters, this {own}"
+        budget = (k + d) * layer.rank
+        assert sum(own.values()) <= budget, f"{what}: LoRA has {budget} parameters, this {own}"
         x, target = randn(2, k), randn(2, d)
         for training in (True, False):
             loss = (layer.train(training)(x) * target).sum()
@@ -444,4 +453,4 @@ def test_an_operator_keeps_the_budget_and_learns():
                 layer.M += direction
                 difference = (layer(x) * target).sum() - loss
                 layer.M -= direction
-            assert_close((gradient * direction).sum(), difference, f"{what}: the gradient of M, by a difference", tol=1e-9)
+            assert_close((gradient * direction).sum(), difference, f"{what}: the gradient of M", tol=1e-9)

@@ -1,5 +1,5 @@
-"""The graders, graded: each exercise's tests fail while it is taken out and catch the wrong answers listed here, and they
-pass right answers of other designs. Then the command line of tests/exercise.py.
+"""The graders, graded: each exercise's tests fail while it is taken out, catch the wrong answers listed here, and
+accept right answers of other designs. Then the command line of tests/exercise.py.
 
 A wrong answer is a small change of the solution, old text -> new text, in one function. The changed sources are loaded
 in this process, under the graders, whose tests are called one by one; no pytest is started for each.
@@ -37,7 +37,8 @@ WRONG = [
     (1, "rounded up", "square_size", "math.isqrt((in_features + out_features) * rank)",
      "math.ceil(math.sqrt((in_features + out_features) * rank))"),
     (1, "not capped by k and d", "square_size", ", in_features, out_features)", ", 10**9)"),
-    (1, "capped by the larger of the two", "square_size", ", in_features, out_features)", ", max(in_features, out_features))"),
+    (1, "capped by the larger of the two", "square_size", ", in_features, out_features)",
+     ", max(in_features, out_features))"),
     (1, "k d instead of k + d", "square_size", "in_features + out_features", "in_features * out_features"),
     (1, "the budget of r = 1", "square_size", " * rank)", ")"),
 
@@ -51,10 +52,12 @@ WRONG = [
      "index_add(-1, group, x) / group.bincount(minlength=self.size).clamp(min=1)"),
     (3, "the last of a group", "Sharing.add_up", "index_add", "index_copy"),
     (3, "always the inputs' groups", "Sharing.add_up", "-1, group", "-1, self.in_group"),
-    (3, "strided whatever the groups", "Sharing.compress", "self.in_group", "torch.arange(self.in_features) % self.size"),
+    (3, "strided whatever the groups", "Sharing.compress", "self.in_group",
+     "torch.arange(self.in_features) % self.size"),
     (3, "groups of consecutive outputs", "Sharing.decompress", "self.out_group",
      "torch.arange(self.out_features) * self.size // self.out_features"),
-    (3, "an output's share instead of a copy", "Sharing.decompress", "return z", "return z / self.out_features * self.size"),
+    (3, "an output's share instead of a copy", "Sharing.decompress", "self.out_group)",
+     "self.out_group) * self.size / self.out_features"),
 
     (4, "groups off by one", "Sharing.deal", "return i % self.size", "return (i + 1) % self.size"),
     (4, "rounded up: the last groups are short", "Sharing.deal", "i * self.size // features",
@@ -76,19 +79,23 @@ WRONG = [
      "(self.rows * self.size - self.in_features, 0)"),
     (5, "padded twice", "Decoupling.compress", "x.unflatten(-1, (self.rows, self.size))",
      "F.pad(x, (0, self.size)).unflatten(-1, (self.rows + 1, self.size))"),
-    (5, "what fills no row is dropped", "Decoupling.compress", "self.rows * self.size - self.in_features",
-     "self.in_features // self.size * self.size - self.in_features"),
+    (5, "what fills no row is dropped", "Decoupling.compress", "F.pad(x,",
+     "F.pad(torch.where(torch.arange(self.in_features) < self.in_features // self.size * self.size, x, 0),"),
     (5, "rotate not asked", "Decoupling.compress", "self.rotate", ""),
 
-    (6, "cut instead of folded", "Decoupling.decompress", "fold if self.fold and y.shape[-1] > self.out_features else tile", "tile"),
+    (6, "cut instead of folded", "Decoupling.decompress",
+     "fold if self.fold and y.shape[-1] > self.out_features else tile", "tile"),
     (6, "folded without being asked", "Decoupling.decompress", "self.fold and ", ""),
     (6, "folded where it should be repeated", "Decoupling.decompress", " and y.shape[-1] > self.out_features", ""),
     (6, "the rows mixed up", "Decoupling.decompress", "z.flatten(-2)", "z.mT.flatten(-2)"),
-    (6, "tiled instead of folded", "fold", "return y[..., :whole].unflatten(-1, (-1, length)).sum(-2) + rest", "return y[..., :length]"),
+    (6, "tiled instead of folded", "fold", "return y[..., :whole].unflatten(-1, (-1, length)).sum(-2) + rest",
+     "return y[..., :length]"),
     (6, "the mean of what is folded", "fold", ".sum(-2)", ".mean(-2)"),
-    (6, "folded in turn, like cards", "fold", "unflatten(-1, (-1, length)).sum(-2)", "unflatten(-1, (length, -1)).sum(-1)"),
+    (6, "folded in turn, like cards", "fold", "unflatten(-1, (-1, length)).sum(-2)",
+     "unflatten(-1, (length, -1)).sum(-1)"),
     (6, "what fills no fold is lost", "fold", " + rest", ""),
-    (6, "what fills no fold goes to the end", "fold", "(0, whole + length - y.shape[-1])", "(whole + length - y.shape[-1], 0)"),
+    (6, "what fills no fold goes to the end", "fold", "(0, whole + length - y.shape[-1])",
+     "(whole + length - y.shape[-1], 0)"),
     (6, "folded as a mirror is", "fold", "+ rest", "+ rest.flip(-1)"),
     (6, "zeros instead of repeated", "tile", "torch.cat([y] * copies, dim=-1)", "F.pad(y, (0, length))"),
     (6, "each number repeated", "tile", "torch.cat([y] * copies, dim=-1)", "y.repeat_interleave(copies, dim=-1)"),
@@ -99,13 +106,15 @@ WRONG = [
     (7, "never back", "Rotation.rotate", "if back:", "if False:"),
     (7, "neighbours are pairs", "Rotation.rotate", "a, b, rest = rows.tensor_split((half, 2 * half), dim=-1)",
      "a, b, rest = rows[..., :2 * half:2], rows[..., 1:2 * half:2], rows[..., 2 * half:]"),
-    (7, "the halves exchanged", "Rotation.rotate", "a * cos - b * sin, b * cos + a * sin", "b * cos + a * sin, a * cos - b * sin"),
+    (7, "the halves exchanged", "Rotation.rotate", "a * cos - b * sin, b * cos + a * sin",
+     "b * cos + a * sin, a * cos - b * sin"),
     (7, "rows counted from 1", "Rotation.__init__", "torch.arange(self.rows, dtype=torch.float64)",
      "torch.arange(1, self.rows + 1, dtype=torch.float64)"),
     (7, "the exponent without the 2", "Rotation.__init__", "-2 * torch.arange", "-1 * torch.arange"),
     (7, "the exponent's sign", "Rotation.__init__", "-2 * torch.arange", "2 * torch.arange"),
     (7, "theta counted from 1", "Rotation.__init__", "torch.arange(size // 2,", "torch.arange(1, size // 2 + 1,"),
-    (7, "the angles of the last rows for fewer", "Rotation.rotate", "self.cos[:n].to(rows.dtype), self.sin[:n].to(rows.dtype)",
+    (7, "the angles of the last rows for fewer", "Rotation.rotate",
+     "self.cos[:n].to(rows.dtype), self.sin[:n].to(rows.dtype)",
      "self.cos[-n:].to(rows.dtype), self.sin[-n:].to(rows.dtype)"),
     (7, "tables in the state dict", "Rotation.__init__", '"cos", angle.cos().float(), persistent=False',
      '"cos", angle.cos().float()'),
@@ -123,7 +132,8 @@ WRONG = [
     (8, "scaled by 2, as LoRA is", "MoRALinear.update", "self.M.to(z.dtype)", "2 * self.M.to(z.dtype)"),
 
     (9, "not transposed back", "Adapter.delta_weight", ")).T", "))"),
-    (9, "W0 in it", "Adapter.delta_weight", "self.update(", "(lambda x: F.linear(x, self.linear.weight) + self.update(x))("),
+    (9, "W0 in it", "Adapter.delta_weight", "self.update(",
+     "(lambda x: F.linear(x, self.linear.weight) + self.update(x))("),
     (9, "the bias in it", "Adapter.delta_weight", "self.update(", "self("),
     (9, "dropout in it", "Adapter.delta_weight", "self.update(", "(lambda x: self.update(self.dropout(x)))("),
     (9, "in the weight's own precision", "Adapter.delta_weight", "dtype=self.dtype", "dtype=self.linear.weight.dtype"),
@@ -139,10 +149,12 @@ WRONG = [
     (10, "the bias lost", "Adapter.merge", "return merged", "merged.bias = None; return merged"),
     (10, "only the update", "Adapter.merge", "self.merged_weight()", "self.delta_weight()"),
 
-    (11, "alpha instead of alpha / r", "LoRALinear.__init__", "self.alpha / (math.sqrt(rank) if rslora else rank)", "self.alpha"),
+    (11, "alpha instead of alpha / r", "LoRALinear.__init__", "self.alpha / (math.sqrt(rank) if rslora else rank)",
+     "self.alpha"),
     (11, "alpha = r by default", "LoRALinear.__init__", "2 * rank if", "rank if"),
     (11, "rsLoRA's root forgotten", "LoRALinear.__init__", "(math.sqrt(rank) if rslora else rank)", "rank"),
-    (11, "A and B exchanged at the start", "LoRALinear.reset", "self.B.zero_()", "self.B.copy_(torch.randn_like(self.B)); self.A.zero_()"),
+    (11, "A and B exchanged at the start", "LoRALinear.reset", "self.B.zero_()",
+     "self.B.copy_(torch.randn_like(self.B)); self.A.zero_()"),
     (11, "both zero: nothing would ever learn", "LoRALinear.reset", "self.B.zero_()", "self.B.zero_(); self.A.zero_()"),
     (11, "A not drawn again", "LoRALinear.reset", "self.A.copy_(", "self.A.any() or self.A.copy_("),
     (11, "A ignores the generator", "LoRALinear.reset", "generator=generator", "generator=None"),
@@ -158,8 +170,13 @@ WRONG = [
     (12, "the norm of W0 only", "DoRALinear.scale", "self.direction().norm", "self.linear.weight.norm"),
     (12, "one norm for the whole matrix", "DoRALinear.scale", ".norm(dim=1)", ".norm()"),
     (12, "the bias scaled too", "DoRALinear.forward", "F.linear(x, self.linear.weight) +", "self.linear(x) +"),
-    (12, "the bias forgotten", "DoRALinear.forward", "return y if self.linear.bias is None else y + self.linear.bias.to(y.dtype)", "return y"),
-    (12, "W0 counted twice in V", "DoRALinear.direction", "self.linear.weight.to(self.dtype)", "2 * self.linear.weight.to(self.dtype)"),
+    (12, "the bias forgotten", "DoRALinear.forward",
+     "return y if self.linear.bias is None else y + self.linear.bias.to(y.dtype)", "return y"),
+    (12, "dropout on the frozen path", "DoRALinear.forward", "F.linear(x, self.linear.weight)",
+     "F.linear(self.dropout(x), self.linear.weight)"),
+    (12, "no dropout", "DoRALinear.forward", "self.dropout(x)", "x"),
+    (12, "W0 counted twice in V", "DoRALinear.direction", "self.linear.weight.to(self.dtype)",
+     "2 * self.linear.weight.to(self.dtype)"),
     (12, "ΔW still holds W0", "DoRALinear.delta_weight", " - self.linear.weight", ""),
     (12, "magnitude not reset", "DoRALinear.reset", "self.magnitude.copy_(self.direction().norm(dim=1))", "pass"),
     (12, "magnitude becomes 1", "DoRALinear.reset", "self.direction().norm(dim=1)", "torch.ones_like(self.magnitude)"),
@@ -176,7 +193,8 @@ WRONG = [
     (13, "groups without the generator", "MoRALinear.reset", "regroup(generator)", "regroup()"),
     (13, "a new tensor for M", "MoRALinear.reset", "self.M.zero_()", "self.M = nn.Parameter(torch.zeros_like(self.M))"),
     (13, "the optimizer remembers", "restart", "optimizer.state.pop(parameter, None)", "pass"),
-    (13, "the optimizer forgets everything", "restart", "optimizer.state.pop(parameter, None)", "optimizer.state.clear()"),
+    (13, "the optimizer forgets everything", "restart", "optimizer.state.pop(parameter, None)",
+     "optimizer.state.clear()"),
     (13, "restart without the generator", "restart", "(model, generator)", "(model)"),
 
     (14, "the first pair for ever", "Sharing.regroup", "self.turn += 1", "self.turn.zero_()"),
@@ -184,9 +202,11 @@ WRONG = [
     (14, "inputs and outputs exchanged", "Sharing.regroup", "in_kind, out_kind =", "out_kind, in_kind ="),
     (14, "inputs ignore the generator", "Sharing.regroup", "in_kind, generator", "in_kind, None"),
     (14, "outputs ignore the generator", "Sharing.regroup", "out_kind, generator", "out_kind, None"),
-    (14, "new tensors for the groups", "Sharing.regroup", "self.in_group.copy_(self.deal(self.in_features, in_kind, generator))",
+    (14, "new tensors for the groups", "Sharing.regroup",
+     "self.in_group.copy_(self.deal(self.in_features, in_kind, generator))",
      "self.in_group = self.deal(self.in_features, in_kind, generator)"),
-    (14, "the outputs keep their groups", "Sharing.regroup", "self.out_group.copy_(self.deal(self.out_features, out_kind, generator))",
+    (14, "the outputs keep their groups", "Sharing.regroup",
+     "self.out_group.copy_(self.deal(self.out_features, out_kind, generator))",
      "self.turn > 0 or self.out_group.copy_(self.deal(self.out_features, out_kind, generator))"),
 
     (15, "the mask one too early", "PromptPairs.pad", "targets[i, prompt - 1:len(tokens) - 1] = tokens[prompt:]",
@@ -198,22 +218,28 @@ WRONG = [
     (15, "the prompt is a target too", "PromptPairs.pad", "targets[i, prompt - 1:len(tokens) - 1] = tokens[prompt:]",
      "targets[i, :len(tokens) - 1] = tokens[1:]"),
     (15, "padding counts", "PromptPairs.pad", "torch.full_like(idx, -100)", "idx.clone()"),
-    (15, "the end is not learned", "PromptPairs.pad", "len(tokens) - 1] = tokens[prompt:]", "len(tokens) - 2] = tokens[prompt:-1]"),
-    (15, "padded to the longest row only", "PromptPairs.pad", "min(-(-longest // 64) * 64, self.block_size)", "longest"),
+    (15, "the end is not learned", "PromptPairs.pad", "len(tokens) - 1] = tokens[prompt:]",
+     "len(tokens) - 2] = tokens[prompt:-1]"),
+    (15, "padded to the longest row only", "PromptPairs.pad", "min(-(-longest // 64) * 64, self.block_size)",
+     "longest"),
 
     (16, "a restart to the peak, not to the curve", "learning_rate", "return config.learning_rate * rise * fall",
      "return config.learning_rate * rise * (1 if restart and step - restart < config.restart_warmup else fall)"),
     (16, "a restart one step early", "learning_rate", "step // config.merge_every", "(step + 1) // config.merge_every"),
     (16, "a restart one step late", "learning_rate", "(step - restart + 1)", "(step - restart)"),
     (16, "no restart", "learning_rate", "if restart:", "if False:"),
-    (16, "the warm-up forgotten", "learning_rate", "rise = min(1.0, (step + 1) / max(1, config.warmup_steps))", "rise = 1.0"),
-    (16, "the warm-up begins at 0", "learning_rate", "(step + 1) / max(1, config.warmup_steps)", "step / max(1, config.warmup_steps)"),
+    (16, "the warm-up forgotten", "learning_rate", "rise = min(1.0, (step + 1) / max(1, config.warmup_steps))",
+     "rise = 1.0"),
+    (16, "the warm-up begins at 0", "learning_rate", "(step + 1) / max(1, config.warmup_steps)",
+     "step / max(1, config.warmup_steps)"),
     (16, "the fall begins at step 0", "learning_rate",
      "max(0.0, (step - config.warmup_steps) / (config.max_steps - config.warmup_steps))", "step / config.max_steps"),
-    (16, "the cosine not halved", "learning_rate", "(1 + math.cos(math.pi * progress)) / 2", "math.cos(math.pi * progress)"),
+    (16, "the cosine not halved", "learning_rate", "(1 + math.cos(math.pi * progress)) / 2",
+     "math.cos(math.pi * progress)"),
     (16, "every method restarts", "learning_rate", 'if config.method in ("relora", "remora"):', "if True:"),
     (16, "a merge on the last step", "merges_after", " and step + 1 < config.max_steps", ""),
-    (16, "merges one step late", "merges_after", "(step + 1) % config.merge_every == 0", "step > 0 and step % config.merge_every == 0"),
+    (16, "merges one step late", "merges_after", "(step + 1) % config.merge_every == 0",
+     "step > 0 and step % config.merge_every == 0"),
     (16, "every method merges", "merges_after", "restarts and", "True and"),
 
     (17, "the best single seed", "at_best_rate", "statistics.mean(map(score, group))", "max(map(score, group))"),
@@ -235,11 +261,12 @@ WRONG_OPERATORS = {
     "not linear": "def compress(self, x): return super().compress(x).relu()",
     "a constant added": "def decompress(self, z): return super().decompress(z) + 1",
     "random numbers in each call": "def compress(self, x): return super().compress(x) * torch.rand(self.size)",
-    "parameters of its own": "def __init__(self, k, d, size): super().__init__(k, d, size); self.scale = nn.Parameter(torch.ones(k))",
+    "parameters of its own":
+        "def __init__(self, k, d, size): super().__init__(k, d, size); self.scale = nn.Parameter(torch.ones(k))",
     "no gradient": "def decompress(self, z): return super().decompress(z).detach()",
     "the input changed": "def compress(self, x): return super().compress(x.mul_(2))",
     "a mean over the batch": "def compress(self, x): return super().compress(x - x.mean(0))",
-    "a vector alone not taken": "def compress(self, x): return super().compress(x).flatten(1) if x.dim() < 3 else super().compress(x)",
+    "a vector alone not taken": "def compress(self, x): return super().compress(x).movedim(1, 1)",
     "too few outputs": "def decompress(self, z): return super().decompress(z)[..., :-1]",
     "another function in training": "def compress(self, x): return super().compress(x) * (1 + self.training)",
     "nothing at all": "def decompress(self, z): return 0 * super().decompress(z)",
@@ -247,8 +274,9 @@ WRONG_OPERATORS = {
 
 # Right answers of other designs, which the graders must accept: (exercise, what, function, body)
 RIGHT = [
-    (1, "by trying", "square_size", "check_rank(rank)\nsize = 1\nwhile (size + 1)**2 <= (in_features + out_features) * rank and "
-     "size < min(in_features, out_features):\n    size += 1\nreturn size"),
+    (1, "by trying", "square_size", 
+     "check_rank(rank)\nsize = min(in_features, out_features)\n"
+     "while size**2 > (in_features + out_features) * rank:\n    size -= 1\nreturn size"),
     (2, "by a matrix of ones and zeros", "Truncation.decompress",
      "return z @ torch.eye(self.size, self.out_features, dtype=z.dtype)"),
     (3, "by one-hot matrices", "Sharing.add_up", "return x @ F.one_hot(group, self.size).to(x.dtype)"),
@@ -277,15 +305,16 @@ RIGHT = [
      "turn = torch.complex(self.cos[:n], -self.sin[:n] if back else self.sin[:n])\n"
      "turned = torch.complex(rows[..., :half], rows[..., half:2 * half]) * turn\n"
      "return torch.cat([turned.real, turned.imag, rows[..., 2 * half:]], dim=-1)"),
-    (8, "by matrices", "MoRALinear.update", "return self.operator.decompress(self.operator.compress(x) @ self.M.T.to(x.dtype))"),
+    (8, "by matrices", "MoRALinear.update",
+     "return self.operator.decompress(self.operator.compress(x) @ self.M.T.to(x.dtype))"),
     (9, "column by column", "Adapter.delta_weight",
      "with torch.autocast(self.linear.weight.device.type, enabled=False):\n"
      "    units = torch.eye(self.in_features, dtype=self.dtype, device=self.linear.weight.device)\n"
      "    return torch.stack([self.update(unit) for unit in units], dim=1)"),
     (10, "a new layer", "Adapter.merge",
-     "merged = nn.Linear(self.in_features, self.out_features, self.linear.bias is not None, dtype=self.linear.weight.dtype)\n"
-     "merged.weight.copy_(self.merged_weight())\n"
-     "if self.linear.bias is not None:\n    merged.bias.copy_(self.linear.bias)\nreturn merged"),
+     "weight, bias = self.merged_weight(), self.linear.bias\n"
+     "merged = nn.Linear(self.in_features, self.out_features, bias is not None, dtype=weight.dtype)\n"
+     "merged.weight.copy_(weight)\nif bias is not None:\n    merged.bias.copy_(bias)\nreturn merged"),
     (11, "by the product B A", "LoRALinear.update", "return x @ (self.scaling * self.B @ self.A).T.to(x.dtype)"),
     (12, "by the whole matrix", "DoRALinear.forward",
      "x, dropped = x, self.dropout(x)\nscale = self.scale()[:, None]\n"
@@ -398,9 +427,9 @@ def faults(number, changed):
 
 
 def caught(number, changed):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return any(fault(test) for test in graders_of(number, changed))
+    """Whether a test fails by what is computed; a slip in the wrong answer's own text would raise something else."""
+    kinds = AssertionError, RuntimeError, IndexError
+    return any(isinstance(error, kinds) for error in faults(number, changed).values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -417,7 +446,7 @@ def test_an_exercise_is_graded_by_its_own_tests(number):
                 f"with exercise {number} taken out, {name} should end in its NotImplementedError, not in {error!r}")
 
 
-@pytest.mark.parametrize("number, what, name, old, new", WRONG, ids=[f"ex{number}-{what}" for number, what, *_ in WRONG])
+@pytest.mark.parametrize("number, what, name, old, new", WRONG, ids=[f"ex{answer[0]}-{answer[1]}" for answer in WRONG])
 def test_a_wrong_answer_is_caught(number, what, name, old, new):
     assert caught(number, change(number, name, replace(old, new))), f"exercise {number}: {what} is not caught"
 
@@ -427,7 +456,7 @@ def test_a_wrong_operator_is_caught(what):
     assert caught(18, new_operator(WRONG_OPERATORS[what])), f"an operator is not caught: {what}"
 
 
-@pytest.mark.parametrize("number, what, name, body", RIGHT, ids=[f"ex{number}-{what}" for number, what, *_ in RIGHT])
+@pytest.mark.parametrize("number, what, name, body", RIGHT, ids=[f"ex{answer[0]}-{answer[1]}" for answer in RIGHT])
 def test_a_right_answer_of_another_design_is_accepted(number, what, name, body):
     found = faults(number, change(number, name, new_body(number, name, body)))
     assert not any(found.values()), f"exercise {number}, {what}: {found}"
@@ -442,11 +471,9 @@ def test_every_exercise_has_a_text_a_mark_and_wrong_answers():
     assert list(TITLES) == list(range(1, len(TITLES) + 1))
     markers = dict(re.findall(r"(?m)^    ex(\d+): (.+)$", read(ROOT / "pytest.ini")))
     assert markers == {str(number): title for number, title in TITLES.items()}, "pytest.ini and EXERCISES.md differ"
-    for number in TITLES:
-        assert f"python tests/exercise.py {number}\n" in EXERCISES or not PARTS[number]
-        assert number == 18 or any(number == wrong[0] for wrong in WRONG)
     for number, parts in PARTS.items():
-        assert {wrong[2] for wrong in WRONG if wrong[0] == number} >= {part.name for part in parts}, f"exercise {number}"
+        missing = {part.name for part in parts} - {name for _, _, name, _, _ in WRONG}
+        assert not missing, f"exercise {number} lacks wrong answers for {missing}"
 
 
 def test_the_experiments_in_python_print_what_the_text_says(capsys):
@@ -488,8 +515,7 @@ def test_as_a_student_types_it(project):
     assert python("tests/exercise.py", "5")[0] == 0 and state() == "taken out"
     status, text = python("-m", "pytest", "-q", "-m", "ex5")
     assert status == 1 and "exercise 5: write Decoupling.compress, as EXERCISES.md says" in text, text
-    own = (project / "mora.py").read_text(encoding="utf-8").replace('raise NotImplementedError("exercise 5', 'return ("mine')
-    (project / "mora.py").write_text(own, encoding="utf-8")
+    edit(project, 'raise NotImplementedError("exercise 5', 'return ("mine')
     assert state() == "own code"
     status, text = python("tests/exercise.py", "--solution", "5")
     assert status == 0 and state() == "solution in place" and (project / "mora.py").read_bytes() == before
@@ -538,7 +564,8 @@ def test_own_code_is_kept_each_time(project, capsys):
         assert tool(project, *command, "1") == 0
         assert f"square_size.{i}.py" in capsys.readouterr().out
     kept = sorted((project / "tests" / "kept" / "own").iterdir())
-    assert [f"return {i}  # not yet right" in path.read_text(encoding="utf-8") for i, path in enumerate(kept, 1)] == [True] * 3
+    assert len(kept) == 3
+    assert all(f"return {i}  # not" in path.read_text(encoding="utf-8") for i, path in enumerate(kept, start=1))
     edit(project, "-> int:  # exercise 1", "-> int:")  # the comment lost, and more than the body changed
     assert tool(project, "--solution", "1") == 0
     assert (project / "mora.py").read_bytes() == (ROOT / "mora.py").read_bytes()

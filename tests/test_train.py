@@ -86,8 +86,8 @@ def config(**changes):
 @pytest.mark.ex16
 def test_learning_rate_rises_and_falls_linearly():
     rates = [train.learning_rate(step, config()) for step in range(24)]
-    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert rates[4:] == pytest.approx([1 - i / 20 for i in range(20)])
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0]), "four steps of warm-up, the first of them not at 0"
+    assert rates[4:] == pytest.approx([1 - i / 20 for i in range(20)]), "down to what would be 0 at step 24"
 
 
 @pytest.mark.ex16
@@ -98,21 +98,21 @@ def test_learning_rate_restarts_on_the_cosine():
     assert jagged[8] == pytest.approx(curve[8] / 2), "the first step after a merge"
     assert jagged[16] == pytest.approx(curve[16] / 2)
     others = [step for step in range(24) if step not in (8, 16)]
-    assert [jagged[step] for step in others] == pytest.approx([curve[step] for step in others])
+    assert [jagged[step] for step in others] == pytest.approx([curve[step] for step in others]), "back on the curve"
 
 
 @pytest.mark.ex16
 def test_learning_rate_after_a_full_rank_warmup():
     rates = [train.learning_rate(step, config(schedule="constant", full_warmup=6, restart_warmup=4))
              for step in range(12)]
-    assert rates[6:] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert rates[6:] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1]), "the adapters begin at step 6"
     assert train.learning_rate(7, config(schedule="constant", full_warmup=6, method="full")) == 1
 
 
 @pytest.mark.ex16
 def test_merges_come_every_so_often_but_not_at_the_end():
     assert [step for step in range(24) if train.merges_after(step, config(method="remora"))] == [7, 15]
-    assert not any(train.merges_after(step, config(method="mora")) for step in range(24))
+    assert not any(train.merges_after(step, config(method="mora")) for step in range(24)), "it is for ReLoRA and ReMoRA"
 
 
 def test_lora_plus_gives_b_its_own_rate():
@@ -224,6 +224,16 @@ def test_runs_are_the_combinations_of_what_concerns_a_method():
     expected = ["full", "lora r1", "lora r2", *(f"{method} {rest}" for method in ("mora", "remora") for rest in groups)]
     assert sorted(labels) == sorted(expected)
     assert len(list(train.runs(args))) == 2 * len(expected)
+
+
+def test_a_sweep_ends_with_each_setting_at_its_best_rate(base, tmp_path, capsys):
+    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "mora", "--max_steps", 40]
+    assert cli(*command, "--learning_rate", 0, 1e-2, "--out_dir", tmp_path) == 0
+    table = capsys.readouterr().out.split("Each setting at the best of its learning rates:\n")[1].split("\n\n")[0]
+    cells = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]]
+    assert [(row[1], row[3]) for row in cells] == [("lora r2", "0.01"), ("mora rotation r2", "0.01")]
+    assert cli(*command, "--learning_rate", 1e-2, "--out_dir", tmp_path, "--resume") == 0
+    assert "Each setting" not in capsys.readouterr().out, "a single rate is no sweep"
 
 
 def test_evaluation_and_micro_batches_change_nothing(base, tmp_path):
