@@ -1005,7 +1005,7 @@ def complain(error):
 
 
 def main(argv=None):
-    """Run the command line: all runs, then the table. Ends with status 0, 2 for wrong input, 130 if stopped."""
+    """Run the command line: all runs, then the tables. Ends with status 0, 2 for wrong input, 130 if stopped."""
     argv = sys.argv[1:] if argv is None else argv
     results, status = [], 0
     try:
@@ -1041,7 +1041,6 @@ def main(argv=None):
         if not argv:
             say(NEXT)
     except BrokenPipeError:  # nobody reads on, as in `python train.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's last flush may go
         status = 141  # as if SIGPIPE had ended the program
     except (ValueError, OSError) as error:
         status = complain(error)
