@@ -431,7 +431,8 @@ def load_base(args):
         return GPT(GPTConfig(**size_of(args) | {"vocab_size": tokenizer.n_vocab})), tokenizer
     with first_process_first():
         model = GPT.from_pretrained(args.init)
-    name, known = args.tokenizer or ("bytes" if model.config.vocab_size == 257 else "gpt2"), model.config.vocab_size
+    known = model.config.vocab_size
+    name = args.tokenizer or ("bytes" if known == data.TOKENIZERS["bytes"] else "gpt2")
     if data.TOKENIZERS[name] > known:
         raise ValueError(f"--tokenizer {name} has {data.TOKENIZERS[name]} tokens, and {args.init} knows {known}")
     return model, data.get_tokenizer(name)
@@ -649,8 +650,8 @@ def check_folder(folder):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be written to ({error}): choose another --out_dir") from error
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error.strerror}): choose another --out_dir") from error
 
 
 def write(path, save):

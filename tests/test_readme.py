@@ -1,21 +1,36 @@
-"""Keeps README.md true: its links point at the code they quote, its commands, and those of EXERCISES.md, are understood,
-its example runs.
+"""Keeps README.md true: its links point at the code they quote, its commands and those of EXERCISES.md run, its tables
+come from its commands.
 """
 
+import gzip
+import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import data
 import train
+from model import GPT, PRESETS, GPTConfig
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = re.sub(r"\\\n *", "", (ROOT / "README.md").read_text(encoding="utf-8"))  # commands in one line
+PROSE = re.sub(r"```text.*?```", "", README, flags=re.S)  # without what the programs print
+COMMAND = r"(?:python|torchrun[^\n`]*?) train\.py((?: ?[^\s`#|&]+)*)"  # up to what is said about it; its options
 PAGES = README + (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"(?:python|torchrun[^\n`]*?) train\.py[^\n`#|&\\]*", PAGES)))
+COMMANDS = [options for options in sorted(set(re.findall(COMMAND, PAGES))) if not options.endswith(("-h", "..."))]
+TABLE = r"((?:^\|[^\n]*\n)+)\s*(?:```bash\n(.*?)```)?"  # and the commands below it
+TABLES = [table for table in re.findall(TABLE, PROSE, re.M | re.S) if table[0].startswith("| method ")]
+
+
+def test_there_are_commands_and_tables():
+    assert len(COMMANDS) > 5 and len(TABLES) > 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names and links
 
 
 @pytest.mark.parametrize("code, file, line", re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README))
@@ -30,21 +45,59 @@ def test_the_map_covers_every_equation():
     assert all(f"Eq. {number} |" in table for number in (1, 2, 3, 4, 6, 8, 9))
 
 
-@pytest.mark.parametrize("file", re.findall(r"\]\(((?!http)[^)#]+)", README))
+@pytest.mark.parametrize("file", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)", README))))
 def test_linked_files_exist(file):
     assert (ROOT / file).exists()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(command, monkeypatch):
-    monkeypatch.setattr(train.os.path, "isfile", lambda path: True)
-    words = shlex.split(command[command.index("train.py") + len("train.py"):].split("    ")[0])
-    if "-h" not in words and "..." not in words:
-        train.parse_args(words)
+def test_every_option_exists():
+    known = {f"--{name}" for name in vars(train.parse_args([]))} | {"--standalone", "--nproc_per_node"}  # torchrun's
+    for script in ("bench.py", "exercise.py"):
+        known |= set(re.findall(r'"(--\w+)"', (ROOT / "tests" / script).read_text(encoding="utf-8")))
+    assert set(re.findall(r"(?<![\w-])--\w+", PROSE)) <= known
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) > 5
+def test_every_name_exists():
+    source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    names = set(re.findall(r"`([A-Za-z_]\w+)`", PROSE)) - {"mora_type"}  # the released code's
+    assert len(names) > 10 and not {name for name in names if not re.search(rf"\b{name}\b", source)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the commands read, by the names they call it."""
+    folder = tmp_path_factory.mktemp("readme")
+    text = "".join(json.dumps({"text": f"the cat sat on {i} mats " * 20}) + "\n" for i in range(40))
+    pairs = "".join(json.dumps({"prompt": f"{i} + 1 =", "completion": str(i + 1)}) + "\n" for i in range(40))
+    for name, content in {"articles.jsonl": text, "new.jsonl": text, "old.txt": text, "pairs.jsonl": pairs}.items():
+        (folder / name).write_text(content)
+    for name in ("c4/en", "out/NAME"):
+        (folder / name).mkdir(parents=True)
+    for name in ("c4-train.00000-of-01024", "c4-validation.00000-of-00008"):
+        (folder / f"c4/en/{name}.json.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("gpt2", "out/NAME/model.pt"):  # a file comes before the published model of its name
+        GPT(GPTConfig(**PRESETS["tiny"])).export(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("options", COMMANDS)
+def test_commands_run(options, folder, monkeypatch):
+    """With a tiny model, for two steps, at one rate, from one seed; GPT-2's tokenizer and C4 are of our own."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(data, "C4_URL", f"file:{folder}/c4")
+    get_tokenizer = data.get_tokenizer
+    monkeypatch.setattr(data, "get_tokenizer", lambda name: get_tokenizer("bytes"))
+    monkeypatch.setattr(train, "DEMO_BASE", train.DEMO_BASE | dict(max_steps=4, warmup_steps=0, text_size=10_000))
+    args = train.parse_args(options.split())  # as it stands
+    size = "--n_layer 1 --n_head 2 --n_embd 32" if args.init in ("demo", "scratch") else ""
+    small = f"{size} --max_steps 2 --batch_size 4 --learning_rate 1e-3 --seed 0 --device cpu --out_dir out"
+    with pytest.raises(SystemExit) as end:
+        train.main([*options.split(), *small.split()])
+    assert end.value.code == 0
 
 
 def test_the_set_up_is_what_ci_runs():
@@ -56,8 +109,29 @@ def test_the_set_up_is_what_ci_runs():
 def test_the_example_runs(tmp_path):
     example = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "add_adapters" in block)
     (tmp_path / "mora.py").write_bytes((ROOT / "mora.py").read_bytes())  # copied alone, as the README says
-    before = "import torch\nmodel = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))\n"
+    before = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+"""
     after = "\nprint([type(layer).__name__ for layer in model])"
     (tmp_path / "example.py").write_text(before + example + after)
     run = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.strip() == "['Linear', 'ReLU', 'Linear']", run.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables of results
+
+
+@pytest.mark.parametrize("table, commands", TABLES, ids=range(len(TABLES)))
+def test_rows_and_columns_of_tables_are_those_of_the_commands_below(table, commands):
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    options = re.findall(COMMAND, commands)
+    configs = [config for some in options for config in train.runs(train.parse_args(some.split()))]
+    assert configs, "no ```bash block follows"
+    labels = {train.label(config) for config in configs}
+    assert {row[0] for row in rows} <= labels | {re.sub(r" r\d+$", "", label) for label in labels}
+    rates = {float(cell) for cell in head if re.fullmatch(r"[\d.]+", cell)}
+    assert rates <= {config.learning_rate for config in configs}
+    steps = {int(cell.removeprefix("step ")) for cell in head if cell.startswith("step ")}
+    assert steps <= {step for config in configs for step in range(config.max_steps + 1) if step % config.eval_every == 0}
