@@ -966,10 +966,11 @@ def draw(panels, path, **axes_settings):
         return say("matplotlib is not installed: no picture")
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     figure = Figure(figsize=(4 * len(panels) + 2, 4), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items()):
         for label, (x, y, error) in lines.items():
             axes.errorbar(x, y, error, label=label, color=f"C{labels.index(label)}", capsize=2)
         axes.set(title=title, **axes_settings)
+        axes.label_outer()
     handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

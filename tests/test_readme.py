@@ -75,11 +75,13 @@ def folder(tmp_path_factory):
     pairs = "".join(json.dumps({"prompt": f"{i} + 1 =", "completion": str(i + 1)}) + "\n" for i in range(40))
     for name, content in {"articles.jsonl": text, "new.jsonl": text, "old.txt": text, "pairs.jsonl": pairs}.items():
         (folder / name).write_text(content)
-    for name in ("c4/en", "out/NAME"):
+    for name in ("c4/en", "out/NAME", "out/text-full-lr0.01-seed0"):
         (folder / name).mkdir(parents=True)
-    for name in ("c4-train.00000-of-01024", "c4-validation.00000-of-00008"):
-        (folder / f"c4/en/{name}.json.gz").write_bytes(gzip.compress(text.encode()))
-    for name in ("gpt2", "out/NAME/model.pt"):  # a file comes before the published model of its name
+    for name in ("c4/en/c4-train.00000-of-01024.json.gz", "c4/en/c4-validation.00000-of-00008.json.gz", "pmc.jsonl.gz",
+                 "wikitext-train.txt.gz", "wikitext-valid.txt.gz"):
+        (folder / name).write_bytes(gzip.compress(text.encode()))
+    models = "gpt2", "out/NAME/model.pt", "out/text-full-lr0.01-seed0/model.pt"
+    for name in models:  # a file comes before the published model of its name
         GPT(GPTConfig(**PRESETS["tiny"])).export(folder / name)
     return folder
 
@@ -124,7 +126,8 @@ model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Lin
 
 
 @pytest.mark.parametrize("table, commands", TABLES, ids=range(len(TABLES)))
-def test_rows_and_columns_of_tables_are_those_of_the_commands_below(table, commands):
+def test_rows_and_columns_of_tables_are_those_of_the_commands_below(table, commands, monkeypatch):
+    monkeypatch.setattr(train.os.path, "isfile", lambda path: True)
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     options = re.findall(COMMAND, commands)
     configs = [config for some in options for config in train.runs(train.parse_args(some.split()))]
