@@ -7,8 +7,10 @@ spends the same parameters on one square matrix M, between two operators that ha
     MoRA   h = W0 x + decompress(M compress(x))       M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r)),
                                                       at most min(k, d), and even for rotation
 
-compress squeezes k inputs into r̂ numbers, decompress spreads r̂ numbers over d outputs. Both are linear, so the update
-is a matrix ΔW that merges into W0 exactly. In the code k is `in_features`, d `out_features`, r `rank` and r̂ `size`.
+compress squeezes k inputs into r̂ numbers, or cuts them into rows of r̂; decompress spreads the results over d outputs.
+Both are linear, so the update is a matrix ΔW that merges into W0 exactly. Its rank is r̂ or more where LoRA's is r, and
+what an update of low rank cannot hold, such as facts to memorize, is what MoRA is for. In the code k is `in_features`,
+d `out_features`, r `rank` and r̂ `size`. Equations are numbered as in MoRA's paper.
 
 From top to bottom: the size of M, the four operators, the layers, and what is done to a whole model. The file needs
 torch and nothing else:
@@ -30,7 +32,7 @@ from torch import nn
 
 
 def square_size(in_features: int, out_features: int, rank: int) -> int:  # exercise 1
-    """r̂, the side of the largest square matrix within LoRA's budget (k + d) r, at most min(k, d): more adds no rank."""
+    """r̂, the side of the largest square matrix within LoRA's budget (k + d) r; more than min(k, d) adds no rank."""
     check_rank(rank)
     return min(math.isqrt((in_features + out_features) * rank), in_features, out_features)
 
@@ -48,9 +50,9 @@ class Operator(nn.Module):
     """Two linear maps without parameters: `compress`, from k inputs to r̂ numbers, and `decompress`, from them to d
     outputs.
 
-    These two define the method, and an operator of your own needs no more than them and a name in OPERATORS. The other
-    methods say the same in the terms of `MergedProduct`, for speed: `matrix` is ΔW, `gather` the transpose of
-    decompress. They are used as long as they agree with the first two (`has_short_cut`).
+    These two define the method, and an operator of your own needs no more than them and a name in OPERATORS; what it
+    draws at random should be a registered buffer, so that it is saved. The other methods (`keep`, `gather`, `gradient`
+    and `matrix`) say the same for `MergedProduct`, below, which is about speed: leave them out at a first reading.
     """
 
     options = ()  # further arguments of __init__
@@ -63,8 +65,8 @@ class Operator(nn.Module):
         """Draw new groups, where the operator has any (`Sharing`)."""
 
     def keep(self, x):
-        """What the gradient of M needs of the inputs."""
-        return self.compress(x).contiguous()  # no view, which would keep all of x
+        """What the gradient of M needs of the inputs: compress(x)."""
+        return self.compress(x).contiguous()  # a view, as Truncation's, would keep all of x in memory
 
     def gradient(self, g, kept):
         """The gradient of M (r̂, r̂), from that of the outputs, g (..., d)."""
@@ -96,9 +98,8 @@ class Sharing(Operator):
     """Eq. 6: deal inputs and outputs into r̂ groups; add up the inputs of a group, copy one number to its outputs.
 
     So ΔW[i, j] = M[out_group[i], in_group[j]]. `groups` says how indices are dealt: "strided" (0 1 2 0 1 2),
-    "contiguous" (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle", whose every `regroup`
-    moves on to the next pair of `CYCLE`, the one that the paper's code follows in ReMoRA. Groups differ in length by at
-    most one.
+    "contiguous" (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle": each `regroup` takes the
+    next pair of `CYCLE`, as the paper's code does in ReMoRA. Groups differ in length by at most one.
     """
 
     options = ("groups",)
@@ -153,8 +154,8 @@ class Sharing(Operator):
 class Decoupling(Operator):
     """Eq. 8: cut x into n = ceil(k / r̂) rows of r̂, send each through the same M, lay the results side by side.
 
-    Zeros fill the last row. ΔW is block diagonal, with M as every block. Results longer than d are cut, as in the
-    paper, and shorter ones repeated. Where k > d the cut loses whole rows, and with them every input in them;
+    Zeros fill the last row. Where k = d, ΔW is block diagonal, with M as every block. Results longer than d are cut, as
+    in the paper, and shorter ones repeated. Where k > d the cut loses whole rows, and with them every input in them;
     `fold=True` adds what lies past d back onto the first outputs.
     """
 
@@ -169,7 +170,8 @@ class Decoupling(Operator):
         return self.rotate(x.unflatten(-1, (self.rows, self.size)))  # (..., k) -> (..., n, r̂)
 
     def rotate(self, rows, back=False):
-        return rows  # for Rotation to say
+        """Rows (..., n, r̂), each turned by its own angle, or back: not at all here, and Rotation says how."""
+        return rows
 
     def decompress(self, z):  # exercise 6
         y = z.flatten(-2)  # (..., n, r̂) -> (..., n r̂)
@@ -182,14 +184,15 @@ class Decoupling(Operator):
             return fold(g, length)  # (..., d) -> (..., n r̂)
         return tile(g, length) if self.fold else g  # (..., n r̂); without fold, what was cut has no gradient
 
-    # Row i of x meets the block M Rᵢ, so M is rotated, which is small, in place of x; and so is M's gradient.
+    # M Rᵢ, which row i of x meets, is M with each of its own rows turned back. So M is turned, which is small, and not
+    # x; and in M's gradient its products are, forward again.
 
     def matrix(self, M):
-        n = self.rows if self.fold else min(self.rows, math.ceil(self.out_features / self.size))
+        n = self.rows if self.fold else min(self.rows, math.ceil(self.out_features / self.size))  # the others are cut
         blocks = self.rotate(M[:, None].expand(-1, n, -1), back=True)  # (r̂, n, r̂), where the last r̂ are inputs
-        blocks = torch.diag_embed(blocks.transpose(1, 2), dim1=0, dim2=2)  # (n, r̂, n, r̂)
-        columns = F.pad(blocks.flatten(2), (0, self.in_features - n * self.size))  # (n, r̂, k)
-        return self.decompress(columns.movedim(2, 0)).T  # (k, n, r̂) -> (d, k)
+        rows = torch.block_diag(*blocks.unbind(1))  # (n r̂, n r̂)
+        columns = F.pad(rows, (0, self.in_features - n * self.size)).T  # (k, n r̂); below zero, pad cuts
+        return self.decompress(columns.unflatten(-1, (n, self.size))).T  # (k, n, r̂) -> (d, k)
 
     def keep(self, x):
         return x
@@ -200,7 +203,7 @@ class Decoupling(Operator):
         rows = (part[..., :whole].unflatten(-1, (-1, self.size)) for part in (g, x))  # (..., n, r̂) each
         products = torch.einsum("...no,...ni->oni", *rows)  # (r̂, n, r̂)
         last = sum_of_products(*(part[..., whole:whole + self.size] for part in (g, x)))
-        if last.numel():  # shorter than r̂, so it goes apart, which spares padding x
+        if last.numel():  # the last row is shorter, and its product made by itself, so that x need not be padded
             last = F.pad(last, (0, self.size - last.shape[1], 0, self.size - last.shape[0]))
             products = torch.cat([products, last[:, None]], dim=1)
         return self.rotate(products).sum(1)  # (r̂, n, r̂) -> (r̂, r̂)
@@ -325,9 +328,9 @@ class Adapter(nn.Module):
 class LoRALinear(Adapter):
     """LoRA (arXiv 2106.09685), Eq. 1: ΔW = (alpha / r) B A. A is random and B zero, so ΔW starts at zero.
 
-    `alpha=None` means 2 r, the paper's at r = 8. `rslora` divides by sqrt(r) instead (arXiv 2312.03732), so that a
-    step's size does not shrink with the rank. `train_A=False` is AsyLoRA (arXiv 2402.16842): A keeps its random values,
-    B alone learns.
+    `alpha=None` means 2 r, which MoRA's paper uses at r = 8. `rslora` divides by sqrt(r) instead (arXiv 2312.03732), so
+    that a step's size does not shrink with the rank. `train_A=False` is AsyLoRA (arXiv 2402.16842): A keeps its random
+    values, B alone learns.
     """
 
     def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False, train_A=True):  # exercise 11
@@ -402,12 +405,14 @@ class MoRALinear(Adapter):
         super().__init__(linear, rank, dropout)  # freezes the layer, so it comes after what may be wrong
         self.operator = compressor.to(linear.weight.device)
         self.M = self.new_parameter(size, size)
-        self.one_product = has_short_cut(type(compressor), getattr(compressor, "fold", False))
+        kind = type(compressor)
+        self.one_product = has_short_cut(kind, getattr(compressor, "fold", False), kind.compress, kind.decompress)
 
     def forward(self, x):
-        few = x.numel() // self.in_features < min(self.in_features, self.out_features) / 2  # tokens: not worth it
+        few = x.numel() // self.in_features < min(self.in_features, self.out_features) / 2  # tokens, for a ΔW to build
         dropped = self.training and self.dropout.p > 0  # W0 and ΔW do not see the same x
-        if few or dropped or not self.one_product:
+        frozen = not any(parameter.requires_grad for parameter in self.linear.parameters())  # MergedProduct has none
+        if few or dropped or not frozen or not self.one_product:
             return super().forward(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -429,10 +434,10 @@ class MoRALinear(Adapter):
 
 
 class MergedProduct(torch.autograd.Function):
-    """(W0 + ΔW) x + bias in one product, for hardly more than the frozen layer costs.
+    """(W0 + ΔW) x + bias in one product, for hardly more than the frozen layer costs. W0 and the bias get no gradient.
 
-    ΔW (d, k) is small beside many tokens, so it is built when it is needed, forward and backward, and kept by nobody.
-    It gets no gradient of its own, whose cost is that of training W0: M's comes from products of M's size.
+    ΔW (d, k) is built once a call, however many tokens there are, and again in the backward pass rather than kept. Its
+    own gradient would cost what training W0 costs, so M's comes from products of M's size.
     """
 
     generate_vmap_rule = True
@@ -456,23 +461,25 @@ class MergedProduct(torch.autograd.Function):
 
 
 @functools.cache
-def has_short_cut(operator_class, fold):
-    """Whether MergedProduct computes what compress and decompress say, tried on random numbers. It does not where
-    somebody changed these two, or wrote no `matrix`: then they alone count.
+def has_short_cut(operator_class, fold, compress, decompress):
+    """Whether MergedProduct computes what the class's compress and decompress say, tried on random numbers. It does not
+    where somebody changed these two, or wrote no `matrix`: then they alone count.
     """
     if not hasattr(operator_class, "matrix"):
         return False
-    with torch.device("cpu"), torch.enable_grad():
+    with torch.device("cpu"), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         generator, options = torch.Generator().manual_seed(0), {"fold": True} if fold else {}
         for k, d in ((13, 22), (22, 13)):
             operator = operator_class(k, d, 4, **options).double()
-            x, g, M, weight = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-                               for shape in ((5, k), (5, d), (4, 4), (d, k)))
-            defined = F.linear(x, weight) + operator.decompress(F.linear(operator.compress(x), M))
-            merged = MergedProduct.apply(x, M, weight, None, operator)
-            results = [(y, *torch.autograd.grad(y, (x, M), g)) for y in (defined, merged)]
-            if not all(torch.allclose(a, b) for a, b in zip(*results)):
-                return False
+            for _ in range(2):  # with the first groups, and with the next
+                x, g, M, weight = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+                                   for shape in ((5, k), (5, d), (4, 4), (d, k)))
+                defined = F.linear(x, weight) + operator.decompress(F.linear(operator.compress(x), M))
+                merged = MergedProduct.apply(x, M, weight, None, operator)
+                results = [(y, *torch.autograd.grad(y, (x, M), g)) for y in (defined, merged)]
+                if not all(torch.allclose(a, b) for a, b in zip(*results)):
+                    return False
+                operator.regroup(generator)
     return True
 
 
@@ -486,7 +493,7 @@ METHODS = {
     "dora": DoRALinear,
     "relora": LoRALinear,  # arXiv 2307.05695: LoRA with merge_and_reset now and then
     "mora": MoRALinear,
-    "remora": MoRALinear,  # MoRA with merge_and_reset now and then
+    "remora": MoRALinear,  # MoRA with merge_and_reset now and then, which needs groups that change: cycle or random
 }
 
 
@@ -566,7 +573,7 @@ def merge_and_reset(model: nn.Module, generator: torch.Generator | None = None):
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters' own tensors by full name: parameters, groups, and each adapter's description. The frozen weights
-    are not in it.
+    are not in it, nor what `merge_and_reset` moved into them: after that, save the whole model.
     """
     return {f"{name}.{key}": tensor for name, adapter in find_adapters(model).items()
             for key, tensor in adapter.state_dict().items() if not key.startswith("linear.")}

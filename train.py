@@ -49,8 +49,8 @@ PROCESS, PROCESSES = (int(text) if text.isdecimal() else 0  # as torchrun sets t
                       for text in (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")))
 
 # Peak learning rates for --init demo, scratch, and given weights. The first is the best of the sweep in the README, and
-# so is the second for full, lora, relora and mora sharing; its other rows are their neighbours'. Nothing was swept for
-# given weights, whose rates are within what the paper searched for LLaMA-2 7B.
+# so is the second, but for lora+, asylora and dora, whose rates are their neighbours'. Nothing was swept for given
+# weights, whose rates are within what the paper searched for LLaMA-2 7B.
 LEARNING_RATES = {
     "full": (2e-3, 1e-2, 3e-5),
     "lora": (2e-2, 3e-3, 2e-4),
@@ -58,10 +58,10 @@ LEARNING_RATES = {
     "asylora": (2e-2, 3e-3, 2e-4),
     "dora": (2e-2, 3e-3, 2e-4),
     "relora": (2e-2, 3e-3, 2e-4),
-    "mora truncation": (5e-2, 1e-2, 2e-4),
+    "mora truncation": (5e-2, 3e-2, 2e-4),
     "mora sharing": (1e-2, 1e-2, 5e-5),
-    "mora decoupling": (5e-2, 1e-2, 2e-4),
-    "mora rotation": (5e-2, 1e-2, 3e-4),
+    "mora decoupling": (5e-2, 3e-2, 2e-4),
+    "mora rotation": (5e-2, 3e-2, 3e-4),
 }
 
 
@@ -134,7 +134,7 @@ def parse_args(argv=None):
         help=f"MoRA's, among {', '.join(mora.OPERATORS)} (default: sharing for c4, else rotation)")
     add("--groups", nargs="+", choices=["strided", "contiguous", "random", "cycle"], metavar="HOW",
         help="how sharing deals its groups: strided, contiguous, random, or cycle, the paper's for ReMoRA (default: "
-        "random for remora, else strided)")
+        "cycle for remora, else strided)")
     add("--fold", action="store_true",
         help="rotation and decoupling add what lies past the outputs instead of cutting it off")
     add("--alpha", type=number(float, 0),
@@ -741,8 +741,8 @@ def runs(args):
         ranks = args.rank if method != "full" else [None]
         operators = args.operator if is_mora else [None]
         for rank, operator in itertools.product(ranks, operators):
-            own_groups = args.groups or ["random" if method == "remora" else "strided"]
-            all_groups = own_groups if operator == "sharing" else [None]
+            own_groups = args.groups or ["cycle" if method == "remora" else "strided"]
+            all_groups = own_groups if operator and "groups" in mora.OPERATORS[operator].options else [None]
             rates = args.learning_rate or [own_rate(method, operator, args.init)]
             for groups, rate, seed in itertools.product(all_groups, rates, args.seed):
                 config = argparse.Namespace(**vars(args))
@@ -814,6 +814,8 @@ def run(config, base, tokenizer):
     size = "-".join(str(side) for side in sorted({min(sizes), max(sizes)})) if sizes else None
     say(f"{trainable:,} of {total:,} parameters train" + (f", {own:,} of them in adapters" if adapters else "")
         + (f", r̂ = {size}" if size else ""))
+    if config.method == "remora" and not config.groups:
+        say(f"{config.operator} has no groups to draw: a merge starts M anew, and adds nothing that M could not")
     check_start(model, start, dataset, evaluate)
 
     rows = train(model, dataset, evaluate, config, folder, first)

@@ -375,6 +375,27 @@ def test_short_cut_is_for_many_tokens_and_first_gradients():
         grad.sum().backward()
 
 
+def test_short_cut_is_not_taken_where_the_frozen_layer_is_not_frozen():
+    _, layer = adapted(12, 12)
+    layer.linear.bias.requires_grad_(True)
+    layer(randn(30, 12)).sum().backward()
+    assert_close(layer.linear.bias.grad, torch.full((12,), 30.0), "the bias counts once a row")
+
+
+def test_short_cut_sees_a_method_that_was_replaced(monkeypatch):
+    monkeypatch.setattr(OPERATORS["sharing"], "compress", lambda self, x: 2 * self.add_up(x, self.in_group))
+    (_, layer), x = adapted(12, 12, operator="sharing"), randn(30, 12)
+    assert_close(layer(x), layer.merge()(x), "merge(), after compress was replaced")
+
+
+def test_making_a_layer_draws_no_random_numbers():
+    linear = nn.Linear(4, 4)
+    mora.has_short_cut.cache_clear()
+    state = torch.get_rng_state()
+    MoRALinear(linear, 1, "sharing")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_gradients_of_single_samples():
     model, layer = adapted(12, 12)
     x, M = randn(4, 30, 12), layer.M.detach()

@@ -216,6 +216,12 @@ def test_pictures_are_drawn_if_they_can_be(base, tmp_path, capsys):
     assert len(rows) == 2 and rows[0] == rows[1], "train.py and compare.py print the same row"
 
 
+def test_an_operator_made_from_sharing_gets_groups(monkeypatch):
+    monkeypatch.setitem(mora.OPERATORS, "own", type("Own", (mora.Sharing,), {}))
+    configs = train.runs(train.parse_args(["uuid", "--methods", "mora", "remora", "--operator", "own", "--init", "scratch"]))
+    assert [config.groups for config in configs] == ["strided", "cycle"]
+
+
 def test_runs_are_the_combinations_of_what_concerns_a_method():
     args = train.parse_args("uuid --methods full lora mora remora --rank 1 2 --operator sharing --groups cycle random "
                             "--seed 0 1".split())
