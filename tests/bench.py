@@ -322,8 +322,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats: two minutes on two cores")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, float32 "
-                        "on a CPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, "
+                        "float32 on a CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     args = parser.parse_args()
     unknown = set(args.sections) - SECTIONS.keys()

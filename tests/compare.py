@@ -1,4 +1,4 @@
-"""Finished runs side by side, each setting at its best learning rate: a table, and a picture if matplotlib is installed.
+"""Finished runs side by side, each setting at its best learning rate: a table, and a picture if there is matplotlib.
 
     python tests/compare.py curves.png out/uuid-*-seed?
 """

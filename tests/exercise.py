@@ -96,7 +96,7 @@ def write(path, text):
 
 def find_exercises(root=ROOT):
     """({number: title}, {number: parts}): titles from EXERCISES.md, parts from the comments in the sources."""
-    headings = re.findall(r"(?m)^### (\d+)\. (.+)$", read(root / "EXERCISES.md"))
+    headings = re.findall(r"(?m)^### (\d+)\. (.+)$", read(root / "tests" / "EXERCISES.md"))
     titles = {int(number): title for number, title in headings}
     parts = {number: [] for number in titles}
     for path in (root / name for name in FILES):

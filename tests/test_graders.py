@@ -23,7 +23,7 @@ import exercise
 import test_mora  # before any source is changed: the graders take helpers from it, which call nothing of mora.py
 
 ROOT = Path(__file__).parent.parent
-EXERCISES = (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
+EXERCISES = (ROOT / "tests" / "EXERCISES.md").read_text(encoding="utf-8")
 PATHS = [ROOT / name for name in exercise.FILES]
 GRADERS = [ROOT / "tests" / name for name in ("test_mora.py", "test_data.py", "test_train.py", "test_exercises.py")]
 TITLES, PARTS = exercise.find_exercises()
@@ -495,9 +495,9 @@ def test_the_experiments_in_python_print_what_the_text_says(capsys):
 def project(tmp_path):
     """A copy of the project as a downloaded archive is, without git, and with a few of the tests."""
     (tmp_path / "tests").mkdir()
-    for path in (*PATHS, ROOT / "EXERCISES.md", ROOT / "pytest.ini"):
+    for path in (*PATHS, ROOT / "pytest.ini"):
         shutil.copy(path, tmp_path)
-    for name in ("exercise.py", "test_exercises.py", "test_mora.py"):
+    for name in ("EXERCISES.md", "exercise.py", "test_exercises.py", "test_mora.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     return tmp_path
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 README = re.sub(r"\\\n *", "", (ROOT / "README.md").read_text(encoding="utf-8"))  # commands in one line
 PROSE = re.sub(r"```text.*?```", "", README, flags=re.S)  # without what the programs print
 COMMAND = r"(?:python|torchrun[^\n`]*?) train\.py((?: ?[^\s`#|&]+)*)"  # up to what is said about it; its options
-PAGES = README + (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
+PAGES = README + (ROOT / "tests" / "EXERCISES.md").read_text(encoding="utf-8")
 COMMANDS = [options for options in sorted(set(re.findall(COMMAND, PAGES))) if not options.endswith(("-h", "..."))]
 TABLE = r"((?:^\|[^\n]*\n)+)\s*(?:```bash\n(.*?)```)?"  # and the commands below it
 TABLES = [table for table in re.findall(TABLE, PROSE, re.M | re.S) if table[0].startswith("| method ")]
@@ -137,4 +137,5 @@ def test_rows_and_columns_of_tables_are_those_of_the_commands_below(table, comma
     rates = {float(cell) for cell in head if re.fullmatch(r"[\d.]+", cell)}
     assert rates <= {config.learning_rate for config in configs}
     steps = {int(cell.removeprefix("step ")) for cell in head if cell.startswith("step ")}
-    assert steps <= {step for config in configs for step in range(config.max_steps + 1) if step % config.eval_every == 0}
+    evaluated = {step for config in configs for step in range(0, config.max_steps + 1, config.eval_every)}
+    assert steps <= evaluated

@@ -210,7 +210,8 @@ def test_pictures_are_drawn_if_they_can_be(base, tmp_path, capsys):
     compare.main([str(tmp_path / "uuid.png"), *map(str, tmp_path.glob("uuid-*seed?"))])
     said, pictures = capsys.readouterr().out, [tmp_path / "uuid.png", tmp_path / "uuid-spectra.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures if path.exists())
-    assert said.count("drawn: ") == sum(path.exists() for path in pictures) == 2 - said.count("matplotlib is not installed")
+    missing = said.count("matplotlib is not installed")
+    assert said.count("drawn: ") == sum(path.exists() for path in pictures) == 2 - missing
     rows = [[cell.strip() for cell in line.split("|")[1:-2]] for line in said.splitlines()]
     rows = [row for row in rows if row[:1] == ["lora r2"]]
     assert len(rows) == 2 and rows[0] == rows[1], "train.py and compare.py print the same row"
@@ -218,7 +219,8 @@ def test_pictures_are_drawn_if_they_can_be(base, tmp_path, capsys):
 
 def test_an_operator_made_from_sharing_gets_groups(monkeypatch):
     monkeypatch.setitem(mora.OPERATORS, "own", type("Own", (mora.Sharing,), {}))
-    configs = train.runs(train.parse_args(["uuid", "--methods", "mora", "remora", "--operator", "own", "--init", "scratch"]))
+    args = train.parse_args("uuid --methods mora remora --operator own --init scratch".split())
+    configs = train.runs(args)
     assert [config.groups for config in configs] == ["strided", "cycle"]
 
 
