@@ -505,11 +505,11 @@ def learning_rate(step, config):  # exercise 16
     progress = max(0.0, (step - config.warmup_steps) / (config.max_steps - config.warmup_steps))
     fall = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[config.schedule]
     rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    restart = config.full_warmup if config.method != "full" else 0
+    restarted = config.full_warmup if config.method != "full" else 0
     if config.method in ("relora", "remora"):
-        restart = max(restart, step // config.merge_every * config.merge_every)
-    if restart:
-        rise = min(rise, (step - restart + 1) / max(1, config.restart_warmup))
+        restarted = max(restarted, step // config.merge_every * config.merge_every)
+    if restarted:
+        rise = min(rise, (step - restarted + 1) / max(1, config.restart_warmup))
     return config.learning_rate * rise * fall
 
 

@@ -241,7 +241,7 @@ def step_rows(case, base, task, rank, idx, targets, peak, args):
         step()
         wait(args.device)
         optimizers[name], steps[name], first[name] = optimizer, step, time.perf_counter() - start
-    seconds = take_turns(steps, args.device, 6 if args.quick else 20)
+    seconds = take_turns(steps, args.device, 6 if args.quick else 60)
     rows = []
     for name, step in steps.items():
         with FlopCounterMode(display=False) as counter:

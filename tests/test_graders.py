@@ -224,10 +224,10 @@ WRONG = [
      "longest"),
 
     (16, "a restart to the peak, not to the curve", "learning_rate", "return config.learning_rate * rise * fall",
-     "return config.learning_rate * rise * (1 if restart and step - restart < config.restart_warmup else fall)"),
+     "return config.learning_rate * rise * (1 if restarted and step - restarted < config.restart_warmup else fall)"),
     (16, "a restart one step early", "learning_rate", "step // config.merge_every", "(step + 1) // config.merge_every"),
-    (16, "a restart one step late", "learning_rate", "(step - restart + 1)", "(step - restart)"),
-    (16, "no restart", "learning_rate", "if restart:", "if False:"),
+    (16, "a restart one step late", "learning_rate", "(step - restarted + 1)", "(step - restarted)"),
+    (16, "no restart", "learning_rate", "if restarted:", "if False:"),
     (16, "the warm-up forgotten", "learning_rate", "rise = min(1.0, (step + 1) / max(1, config.warmup_steps))",
      "rise = 1.0"),
     (16, "the warm-up begins at 0", "learning_rate", "(step + 1) / max(1, config.warmup_steps)",
