@@ -382,7 +382,20 @@ def test_short_cut_is_not_taken_where_the_frozen_layer_is_not_frozen():
     assert_close(layer.linear.bias.grad, torch.full((12,), 30.0), "the bias counts once a row")
 
 
+def test_short_cut_is_not_taken_where_only_later_groups_differ(monkeypatch):
+    class Turning(OPERATORS["sharing"]):
+        def compress(self, x):
+            return super().compress(x) * (-1) ** self.turn
+
+    monkeypatch.setitem(OPERATORS, "turning", Turning)
+    (model, layer), x = adapted(12, 12, operator="turning"), randn(30, 12)
+    merge_and_reset(model)
+    randomise(model)
+    assert_close(layer(x), layer.merge()(x), "merge(), with the second groups")
+
+
 def test_short_cut_sees_a_method_that_was_replaced(monkeypatch):
+    assert adapted(12, 12, operator="sharing")[1].one_product  # tried, and remembered
     monkeypatch.setattr(OPERATORS["sharing"], "compress", lambda self, x: 2 * self.add_up(x, self.in_group))
     (_, layer), x = adapted(12, 12, operator="sharing"), randn(30, 12)
     assert_close(layer(x), layer.merge()(x), "merge(), after compress was replaced")
