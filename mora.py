@@ -139,6 +139,8 @@ class Sharing(Operator):
         return self.add_up(x, self.in_group)  # (..., k) -> (..., r̂)
 
     def add_up(self, x, group):  # exercise 3
+        if x.is_cuda:  # where index_add rounds after each addition, in an order that varies
+            return x @ F.one_hot(group, self.size).to(x.dtype)  # (..., k) (k, r̂) -> (..., r̂)
         return x.new_zeros(*x.shape[:-1], self.size).index_add(-1, group, x)
 
     def decompress(self, z):  # exercise 3
@@ -198,11 +200,12 @@ class Decoupling(Operator):
         return x
 
     def gradient(self, g, x):
-        g = self.gather(g)
+        g, x = self.gather(g).flatten(0, -2), x.flatten(0, -2)  # (tokens, d or n r̂), (tokens, k)
         whole = min(g.shape[-1], x.shape[-1]) // self.size * self.size
-        rows = (part[..., :whole].unflatten(-1, (-1, self.size)) for part in (g, x))  # (..., n, r̂) each
-        products = torch.einsum("...no,...ni->oni", *rows)  # (r̂, n, r̂)
-        last = sum_of_products(*(part[..., whole:whole + self.size] for part in (g, x)))
+        parts = 32 if x.is_cuda and len(x) % 32 == 0 else 1  # of the tokens, so that a GPU's many processors share them
+        rows = (t[:, :whole].unflatten(-1, (-1, self.size)).unflatten(0, (parts, -1)) for t in (g, x))
+        products = torch.einsum("ptno,ptni->poni", *rows).sum(0)  # (parts, tokens / parts, n, r̂) twice -> (r̂, n, r̂)
+        last = sum_of_products(g[:, whole:whole + self.size], x[:, whole:whole + self.size])
         if last.numel():  # the last row is shorter, and its product made by itself, so that x need not be padded
             last = F.pad(last, (0, self.size - last.shape[1], 0, self.size - last.shape[0]))
             products = torch.cat([products, last[:, None]], dim=1)
@@ -415,7 +418,8 @@ class MoRALinear(Adapter):
         if few or dropped or not frozen or not self.one_product:
             return super().forward(x)
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         return MergedProduct.apply(x.to(dtype), self.M, self.linear.weight, self.linear.bias, self.operator)
 
     def update(self, x):  # exercise 8

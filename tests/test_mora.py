@@ -336,6 +336,31 @@ def test_short_cut_is_the_definition(options):
             randomise(model)
 
 
+class OnGPU(torch.Tensor):
+    """A tensor that takes CUDA's way through mora.py, on the CPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("tokens", [64, 33])
+@every_operator
+def test_what_is_done_otherwise_on_a_gpu_is_the_same(options, tokens):
+    for k, d in ((12, 12), (13, 22), (22, 13), (26, 8), (5, 33), (33, 5)):
+        (_, layer), x, g = adapted(k, d, **options), randn(2, tokens, k), randn(2, tokens, d)
+        operator = layer.operator
+        assert_close(operator.compress(x.as_subclass(OnGPU)), operator.compress(x), f"compress, k = {k}, d = {d}")
+        expected = operator.gradient(g, operator.keep(x))
+        got = operator.gradient(g.as_subclass(OnGPU), operator.keep(x).as_subclass(OnGPU))
+        assert_close(got, expected, f"gradient of M, k = {k}, d = {d}")
+
+
+@every_operator
+def test_shapes_can_be_worked_out_without_data(options):
+    layer = add_adapters(nn.Sequential(nn.Linear(26, 13)), rank=2, **options).to("meta")
+    for tokens in (2, 30):
+        assert layer(torch.empty(tokens, 26, device="meta")).shape == (tokens, 13)
+
+
 class Own(mora.Operator):
     """An operator as a reader would write it: the mean of neighbours in, the same number for neighbours out."""
 

@@ -3,6 +3,7 @@ in out folders of their own.
 """
 
 import argparse
+import contextlib
 import csv
 import gzip
 import json
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import compare
 import data
@@ -28,6 +31,10 @@ ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, ROOT / "train.py"]
 TINY = ("uuid --n_layer 1 --n_head 2 --n_embd 32 "
         "--n_pairs 4 --max_steps 12 --eval_every 4 --merge_every 5 --warmup_steps 2").split()
+
+
+EVERY_METHOD = [*(["--methods", method] for method in ("full", "lora", "lora+", "asylora", "dora")),
+                *(["--methods", "mora", "--operator", operator] for operator in mora.OPERATORS)]
 
 
 @pytest.fixture(scope="session")
@@ -135,6 +142,43 @@ def test_from_scratch_only_linear_layers_are_frozen(method):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
 
 
+class Travels(TorchDispatchMode):
+    """Notes which tensors cross between the CPU and the meta device, which stands for a GPU here, and what would make
+    the CPU wait for it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.waits = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            self.waits += 1
+            return 0.0
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if len({tensor.device for tensor in tensors}) > 1:
+            self.shapes.append(tuple(tensors[0].shape))
+        return result
+
+
+@pytest.mark.parametrize("options", EVERY_METHOD, ids=lambda options: options[-1])
+def test_nothing_goes_to_the_device_in_a_step(options, tmp_path, monkeypatch):
+    """One permutation goes there in an epoch of five steps. The loop waits once, when its clock starts."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
+    monkeypatch.setattr(train, "mean_loss", lambda *_: 0.0)
+    monkeypatch.setattr(train, "save_checkpoint", lambda *_: None)
+    args = train.parse_args([*TINY, "--init", "scratch", "--n_pairs", "20", "--batch_size", "4", *options])
+    args.dtype, args.compile = "float32", False
+    base, tokenizer = train.load_base(args)
+    config = next(train.runs(args))
+    model, config.device = train.adapt(base, config).to("meta"), "meta"
+    dataset, _ = train.load_task(config, tokenizer, base.config.block_size)
+    with Travels() as travels:
+        train.train(model, dataset, lambda model: {}, config, tmp_path)
+    assert travels.shapes == [(20,)] * 3 and travels.waits == 1
+
+
 def test_exact_match_is_what_greedy_decoding_finds(base):
     model, tokenizer = GPT.from_pretrained(str(base)), data.get_tokenizer("bytes")
     pairs = data.UUIDPairs(6, tokenizer, 4, seed=0)
@@ -155,10 +199,6 @@ def test_exact_match_is_what_greedy_decoding_finds(base):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
-
-
-EVERY_METHOD = [*(["--methods", method] for method in ("full", "lora", "lora+", "asylora", "dora")),
-                *(["--methods", "mora", "--operator", operator] for operator in mora.OPERATORS)]
 
 
 @pytest.mark.parametrize("options", EVERY_METHOD, ids=lambda options: options[-1])
