@@ -115,8 +115,7 @@ def number(kind, minimum, maximum=1_000_000_000):
     return convert
 
 
-def parse_args(argv=None):
-    """The settings as a namespace. Wrong ones end the program with one line and exit status 2."""
+def make_parser():
     parser = Parser(usage=f"train.py [{' | '.join(TASKS)}] [options]", description=__doc__.split("\n")[0],
                     formatter_class=HelpFormatter)
     parser.add_argument("task", nargs="?", default="uuid", choices=TASKS,
@@ -210,8 +209,13 @@ def parse_args(argv=None):
         help="show the singular values of the updates, and draw them if matplotlib is installed")
     add("--export", action="store_true",
         help="write every trained model, merged, in GPT-2's format to model.pt, for --init")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def parse_args(argv=None):
+    """The settings as a namespace. Wrong ones end the program with one line and exit status 2."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
     for name, tasks in OPTIONS_OF_TASKS.items():
         if args.task not in tasks and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} means nothing to the task {args.task}: it is for {' and '.join(tasks)}")
@@ -292,8 +296,7 @@ def first_process_first():
 
 
 def choose_device(args):
-    """Settle args.device, dtype and compile, and connect the processes; -> a line that says what was chosen, and why.
-    """
+    """Settle args.device, dtype and compile; -> a line that says what was chosen, and why."""
     chosen = args.device
     if chosen == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
@@ -319,15 +322,18 @@ def choose_device(args):
         args.dtype, why_dtype = "float16", "mixed precision; the card has no bfloat16, so gradients are scaled"
     args.device, args.device_name = chosen, name
     args.compile = kind == "cuda" if args.compile is None else args.compile
-    if PROCESSES > 1:
-        patience = datetime.timedelta(hours=2)  # the first process may have data to prepare
-        try:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{PROCESSES} processes (WORLD_SIZE) cannot be connected: start them with torchrun, or "
-                             f"unset WORLD_SIZE ({str(error).splitlines()[0]})") from error
     return (f"device: {chosen} ({why}), {args.dtype} ({why_dtype}), {'compiled' if args.compile else 'not compiled'}, "
             f"torch {torch.__version__}" + (f", {PROCESSES} processes" if PROCESSES > 1 else ""))
+
+
+def connect(device):
+    """Let the processes that torchrun started find each other."""
+    patience = datetime.timedelta(hours=2)  # the first process may have data to prepare
+    try:
+        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo", timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{PROCESSES} processes (WORLD_SIZE) cannot be connected: start them with torchrun, or unset "
+                         f"WORLD_SIZE ({str(error).splitlines()[0]})") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -782,21 +788,11 @@ def run(config, base, tokenizer):
     """Train a copy of `base` by one method with one seed; -> what its results.json holds."""
     parts = [config.task, *label(config).split(), f"lr{config.learning_rate:g}", f"seed{config.seed}"]
     folder = Path(config.out_dir, "-".join(parts))
-    if config.resume and (folder / "results.json").exists():
-        with usable(folder / "results.json"):
-            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            saved, steps, _ = dict(results["config"]), results["steps"], results_table([results])
-        check_same(folder / "results.json", saved, config)
-        if steps == config.max_steps and (not config.export or (folder / "model.pt").exists()):
-            say(f"{folder}: done before")
-            return results
+    if config.resume and (results := finished(folder, config)):
+        say(f"{folder}: done before")
+        return results
     say(f"\n{folder}")
-    if config.resume and folder.exists():
-        check_folder(folder)
-    elif folder.exists() and PROCESS == 0:
-        kept = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
-        folder.rename(kept)
-        say(f"starts anew: the earlier run is kept in {kept}; --resume would have continued it")
+    prepare(folder, config)
     dataset, evaluate = load_task(config, tokenizer, base.config.block_size)
     start, begin, first = base, time.perf_counter(), 0
     if config.full_warmup and config.method != "full":
@@ -806,38 +802,71 @@ def run(config, base, tokenizer):
         train(start, dataset, evaluate, warmup, folder / "full_warmup", last=first)
     torch.manual_seed(config.seed)  # for the adapters' random numbers
     model = adapt(copy.deepcopy(start), config)
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapters = [module for module in model.modules() if isinstance(module, mora.Adapter)]
-    own = sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
-    sizes = [adapter.operator.size for adapter in adapters] if config.operator else []
-    size = "-".join(str(side) for side in sorted({min(sizes), max(sizes)})) if sizes else None
-    say(f"{trainable:,} of {total:,} parameters train" + (f", {own:,} of them in adapters" if adapters else "")
-        + (f", r̂ = {size}" if size else ""))
+    counts = count(model)
+    say("{trainable_parameters:,} of {total_parameters:,} parameters train".format(**counts)
+        + (f", {counts['adapter_parameters']:,} of them in adapters" if config.method != "full" else "")
+        + (f", r̂ = {counts['size']}" if config.operator else ""))
     if config.method == "remora" and not config.groups:
         say(f"{config.operator} has no groups to draw: a merge starts M anew, and adds nothing that M could not")
     check_start(model, start, dataset, evaluate)
 
     rows = train(model, dataset, evaluate, config, folder, first)
     quick = base.config.n_embd <= 512 or torch.device(config.device).type == "cuda"  # GPT-2's take minutes on a CPU
-    spectra = update_spectra(model, base) if quick or config.spectrum else {}
     results = dict(
         label=label(config), method=config.method, rank=config.rank, operator=config.operator, seed=config.seed,
-        size=size, trainable_parameters=trainable, adapter_parameters=own, total_parameters=total,
-        steps=config.max_steps, seconds=time.perf_counter() - begin, metrics=rows[-1], rows=rows, summary=summary(rows),
-        spectra=spectra, config=vars(config), torch=torch.__version__, device=config.device_name)
+        **counts, steps=config.max_steps, seconds=time.perf_counter() - begin, metrics=rows[-1], rows=rows,
+        summary=summary(rows), spectra=update_spectra(model, base) if quick or config.spectrum else {},
+        config=vars(config), torch=torch.__version__, device=config.device_name)
     if config.task == "uuid":
-        keys = dataset.tokens[:3, :data.UUID_LENGTH + 1]  # with the colon
-        answers = model.eval().generate(keys, data.UUID_LENGTH)[:, data.UUID_LENGTH + 1:]
-        answers = answers.clamp(max=tokenizer.eot_token)  # a model may have been given more tokens than are in use
-        results["completions"] = [tokenizer.decode(answer.tolist()) for answer in answers]
-    if adapters:
+        results["completions"] = complete(model, dataset, tokenizer)
+    if config.method != "full":
         write(folder / "adapter.pt", lambda path: torch.save(mora.adapter_state_dict(model), path))
     write(folder / "results.json", lambda path: path.write_text(
         json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8"))
     if config.export:
-        write(folder / "model.pt", (mora.merge_adapters(model) if adapters else model).export)
+        write(folder / "model.pt", (mora.merge_adapters(model) if config.method != "full" else model).export)
     return results
+
+
+def finished(folder, config):
+    """The results of a run that is done, or None. ValueError if its settings were others."""
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    with usable(path):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        saved, steps, _ = dict(results["config"]), results["steps"], results_table([results])
+    check_same(path, saved, config)
+    return results if steps == config.max_steps and (not config.export or (folder / "model.pt").exists()) else None
+
+
+def prepare(folder, config):
+    """See that a run can go on in its folder, or move an earlier one out of its way."""
+    if config.resume and folder.exists():
+        check_folder(folder)
+    elif folder.exists() and PROCESS == 0:
+        kept = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
+        folder.rename(kept)
+        say(f"starts anew: the earlier run is kept in {kept}; --resume would have continued it")
+
+
+def count(model):
+    """How many parameters there are, train, and train in adapters; and r̂, from the least to the largest."""
+    adapters = [module for module in model.modules() if isinstance(module, mora.Adapter)]
+    sizes = [adapter.operator.size for adapter in adapters if isinstance(adapter, mora.MoRALinear)]
+    own = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+    return {"size": "-".join(map(str, sorted({min(sizes), max(sizes)}))) if sizes else None,
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "adapter_parameters": sum(p.numel() for p in own),
+            "total_parameters": sum(p.numel() for p in model.parameters())}
+
+
+def complete(model, pairs, tokenizer):
+    """What greedy decoding answers to the first three keys."""
+    keys = pairs.tokens[:3, :data.UUID_LENGTH + 1]  # with the colon
+    answers = model.eval().generate(keys, data.UUID_LENGTH)[:, data.UUID_LENGTH + 1:]
+    answers = answers.clamp(max=tokenizer.eot_token)  # a model may have been given more tokens than are in use
+    return [tokenizer.decode(answer.tolist()) for answer in answers]
 
 
 @torch.no_grad()
@@ -992,6 +1021,22 @@ def show_completions(results, pairs):
                 say(" " * (width + 2) + "".join(" " if a == b else "^" for a, b in zip(guess, value)))
 
 
+def report(results, args):
+    """Print the tables of all runs, and for UUIDs some completions."""
+    if not results:
+        return
+    say("\n" + results_table(results))
+    best = at_best_rate(results)
+    if 0 < len(best) < len(results):
+        say("\nEach setting at the best of its learning rates:\n" + results_table(best))
+    if args.spectrum and any(result["spectra"] for result in results):
+        say("\n" + spectrum_table(results))
+        draw_spectra(results, Path(args.out_dir, f"{args.task}-spectra.png"))
+    if args.task == "uuid":
+        first = [result for result in results if result["seed"] == args.seed[0]]
+        show_completions(first, data.uuid_pairs(3, args.seed[0])[:args.n_pairs])
+
+
 NEXT = """
 Next, for example:
   python train.py --methods mora --operator truncation sharing decoupling rotation     the four operators
@@ -1015,6 +1060,8 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse_args(argv)
         say(choose_device(args))
+        if PROCESSES > 1:
+            connect(args.device)
         check_folder(args.out_dir)
         base, tokenizer = load_base(args)
         base.to(args.device)
@@ -1030,17 +1077,7 @@ def main(argv=None):
                 results.append(run(config, base, tokenizer))
             except Diverged as error:  # one run of several may, at a rate too high
                 status = complain(error)
-        if results:
-            say("\n" + results_table(results))
-            best = at_best_rate(results)
-            if 0 < len(best) < len(results):
-                say("\nEach setting at the best of its learning rates:\n" + results_table(best))
-        if args.spectrum and any(result["spectra"] for result in results):
-            say("\n" + spectrum_table(results))
-            draw_spectra(results, Path(args.out_dir, f"{args.task}-spectra.png"))
-        if args.task == "uuid":
-            first = [result for result in results if result["seed"] == args.seed[0]]
-            show_completions(first, data.uuid_pairs(3, args.seed[0])[:args.n_pairs])
+        report(results, args)
         if not argv:
             say(NEXT)
     except BrokenPipeError:  # nobody reads on, as in `python train.py | head`

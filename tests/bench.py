@@ -57,8 +57,8 @@ def take_turns(candidates, device, seconds):
 
 def state(model, optimizer):
     """MB that stay from step to step: weights and buffers, and what the optimizer remembers."""
-    memory = [tensor for values in optimizer.state.values() for tensor in values.values() if torch.is_tensor(tensor)]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *memory)) / 1e6
+    moments = [tensor for values in optimizer.state.values() for tensor in values.values() if torch.is_tensor(tensor)]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments)) / 1e6
 
 
 def kept_for_backward(function, model):
@@ -76,7 +76,7 @@ def kept_for_backward(function, model):
     return sum(kept.values()) / 1e6
 
 
-def peak_of_step(function):
+def peak_memory(function):
     """MB at the peak of a call above what was there before, on CUDA: activations, gradients, and all that is temporary.
     """
     torch.cuda.synchronize()
@@ -85,6 +85,20 @@ def peak_of_step(function):
     function()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def memory(function, model, device):
+    """What is measured of a call's memory, and how many MB it is."""
+    if device.type == "cuda":
+        return "MB at the peak", f"{peak_memory(function):,.1f}"
+    return "MB kept for backward", f"{kept_for_backward(function, model):,.1f}"
+
+
+def chosen(cases, args):
+    """Those whose name contains what --only asks for."""
+    found = {case: values for case, values in cases.items() if args.only in case}
+    print("" if found else f"{args.only!r} is in none of the names {'; '.join(cases)}")
+    return found
 
 
 def peak_flops(device, dtype):
@@ -141,27 +155,35 @@ def layer_candidates(k, d, rank, device):
 
 
 def bench_layers(args):
-    """A table of methods by shapes; the last rows are not what users get, but what the short cut is worth."""
+    """Tables of methods by shapes: time as a multiple of the frozen layer's and of LoRA's, and memory. The last rows are
+    not what users get, but what the short cut is worth.
+    """
     on_gpu = args.device.type == "cuda"
     shapes = [(768, 768), (768, 2304), (768, 3072), (3072, 768)]
     shapes += [(4096, 4096), (4096, 11008), (11008, 4096)] if on_gpu else []
-    cases = [(k, d, rank) for rank in (8, 128) for k, d in shapes]
+    cases = {f"{k} to {d}, r {rank}": (k, d, rank) for rank in (8, 128) for k, d in shapes}
+    if args.quick:
+        cases = {case: cases[case] for case in ("768 to 768, r 8", "3072 to 768, r 8")}
     figures = []
     for compiled in ([False, True] if on_gpu else [args.compile]):
-        rows = {}
-        for k, d, rank in [cases[0], cases[3]] if args.quick else cases:
-            seconds = layer_seconds(k, d, rank, compiled, args)
-            for name, value in seconds.items():
-                row = rows.setdefault(name, {"layer, compiled" if compiled else "layer": name})
-                row[f"{k} to {d}, r {rank}"] = (f"{1e3 * value:.1f} ms" if name == "frozen" else
-                                                f"{value / seconds['frozen']:.2f}")
-        print(train.markdown(list(rows.values())), flush=True)
-        figures += rows.values()
+        tables = {}
+        for case, sizes in chosen(cases, args).items():
+            measured = measure_layers(*sizes, compiled, args)
+            for name, (seconds, (what, megabytes)) in measured.items():
+                frozen, lora = (seconds / measured[other][0] for other in ("frozen", "lora"))
+                cells = {"layer": f"{1e3 * seconds:.1f} ms" if name == "frozen" else f"{frozen:.2f}",
+                         "of lora": f"{lora:.2f}", what: megabytes}
+                for title, cell in cells.items():
+                    title += ", compiled" * compiled
+                    tables.setdefault(title, {}).setdefault(name, {title: name})[case] = cell
+        for rows in tables.values():
+            print(train.markdown(list(rows.values())) + "\n", flush=True)
+            figures += rows.values()
     return figures
 
 
-def layer_seconds(k, d, rank, compiled, args):
-    """Median seconds of forward and backward, by the name of the layer."""
+def measure_layers(k, d, rank, compiled, args):
+    """Of forward and backward, by the name of the layer: (median seconds, memory)."""
     tokens = 32768 if args.device.type == "cuda" else 4096
     x = torch.randn(tokens, k, device=args.device, requires_grad=True)
     g = torch.randn(tokens, d, device=args.device).to(args.dtype)
@@ -176,9 +198,11 @@ def layer_seconds(k, d, rank, compiled, args):
         return call
 
     torch.compiler.reset()
+    layers = layer_candidates(k, d, rank, args.device)
     calls = {name: forward_and_backward(torch.compile(layer) if compiled else layer, list(layer.parameters()))
-             for name, layer in layer_candidates(k, d, rank, args.device).items()}
-    return take_turns(calls, args.device, 2 if args.quick else 8)
+             for name, layer in layers.items()}
+    seconds = take_turns(calls, args.device, 2 if args.quick else 8)
+    return {name: (seconds[name], memory(calls[name], layer, args.device)) for name, layer in layers.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,18 +228,22 @@ def step_candidates(base, task, rank):
 def bench_steps(args):
     """Forward, backward, clipping and AdamW. In c4, all but frozen train the embeddings too, as in train.py."""
     on_gpu = args.device.type == "cuda"
-    cases = [("demo", "uuid", 32, 2), ("demo", "c4", 32, 4)]
-    cases += [("gpt2", "uuid", 1000 if on_gpu else 16, 8)] if not args.quick else []
-    cases += [("gpt2", "c4", 32, 8), ("gpt2-large", "c4", 1, 8)] if on_gpu and not args.quick else []
+    cases = {"demo uuid": (32, 2), "demo c4": (32, 4)}
+    cases |= {"gpt2 uuid": (1000 if on_gpu else 16, 8)} if not args.quick else {}
+    cases |= {"gpt2 c4": (32, 8), "gpt2-large c4": (1, 8)} if on_gpu and not args.quick else {}
     peak, rows = peak_flops(args.device, args.dtype), []
     print(f"a matrix product's peak: {peak / 1e12:.3g} TFLOP/s")
-    for preset, task, batch_size, rank in cases:
+    for case, (batch_size, rank) in chosen(cases, args).items():
+        preset, task = case.split()
         torch.manual_seed(0)
         base = GPT(GPTConfig(**PRESETS[preset])).to(args.device)
         length = 2 * data.UUID_LENGTH if task == "uuid" else base.config.block_size
         idx = torch.randint(base.config.vocab_size, (batch_size, length), device=args.device)
         targets = idx[:, -data.UUID_LENGTH:] if task == "uuid" else idx
-        rows += step_rows(f"{preset} {task}, {batch_size} x {length}", base, task, rank, idx, targets, peak, args)
+        try:
+            rows += step_rows(f"{case}, {batch_size} x {length}", base, task, rank, idx, targets, peak, args)
+        except torch.OutOfMemoryError:
+            print(f"\n{case}, {batch_size} x {length}: left out, for there is not enough memory on {args.device}")
     return rows
 
 
@@ -252,10 +280,8 @@ def step_rows(case, base, task, rank, idx, targets, peak, args):
                **{f"of {other}": f"{seconds[name] / seconds[other]:.2f}" for other in ("frozen", "full", "lora")},
                "of peak FLOP/s": f"{counter.get_total_flops() / seconds[name] / peak:.0%}"}
         row["MB of state"] = f"{state(models[name], optimizers[name]):,.1f}"
-        if args.device.type == "cuda":
-            row["MB of a step"] = f"{peak_of_step(step):,.0f}"
-        else:
-            row["MB kept for backward"] = f"{kept_for_backward(step, models[name]):,.1f}"
+        what, megabytes = memory(step, models[name], args.device)
+        row[what] = megabytes
         if args.compile:
             row["first step"] = f"{first[name]:.0f} s"
         rows.append(row)
@@ -320,6 +346,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"among {', '.join(SECTIONS)} (or all)")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats: two minutes on two cores")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the layers and steps with this in their name, "
+                        "such as 'gpt2 c4' or '3072 to 768'")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, "
