@@ -531,13 +531,13 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
     optimizer = make_optimizer(model, config)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.compiler.reset()  # what was compiled for an earlier run serves no other, and its place is limited
-    parallel = torch.compile(model) if config.compile else model
+    network = torch.compile(model) if config.compile else model
     rows, losses = [], []
     if config.resume and (folder / "checkpoint.pt").exists():
         first, rows, losses = load_checkpoint(folder / "checkpoint.pt", config, model, optimizer, scaler)
         say(f"resumed after step {first}")
     if PROCESSES > 1:
-        parallel = torch.nn.parallel.DistributedDataParallel(parallel)
+        network = torch.nn.parallel.DistributedDataParallel(network)
 
     tokens = lap = begin = 0
     with interrupts() as interrupted:
@@ -546,25 +546,13 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
             # one draws
             torch.manual_seed(data.seeded("step", config.seed, step, PROCESS).initial_seed())
             idx, targets = dataset.batch(step)
-            rate, n_targets = learning_rate(step, config), (targets != -100).sum()
+            rate = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["multiple"]
 
-            # Forward and backward. A micro-batch counts by its share of the targets, so the gradient is that of the
-            # whole batch, however it is cut; DDP averages over processes, hence the factor PROCESSES
+            # Forward and backward
             model.train()
-            own = slice(PROCESS, None, PROCESSES)  # of the batch's rows
-            parts = list(zip(idx[own].chunk(config.accumulate), targets[own].chunk(config.accumulate)))
-            loss = 0.0
-            for i, (part, part_targets) in enumerate(parts):
-                with contextlib.nullcontext() if PROCESSES == 1 or i == len(parts) - 1 else parallel.no_sync():
-                    with autocast:
-                        part_loss = parallel(part, part_targets)[1] * (part_targets != -100).sum() / n_targets
-                    scaler.scale(part_loss * PROCESSES).backward()
-                loss += part_loss.detach()
-            if PROCESSES > 1:
-                dist.all_reduce(loss)
-            losses.append(loss)
+            losses.append(backward(network, idx, targets, config, autocast, scaler))
             tokens += idx.numel()
 
             # Clip and step
@@ -575,7 +563,7 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
             optimizer.zero_grad(set_to_none=True)
 
             if step == first:  # the clock starts after the step that compiles
-                loss.item()
+                losses[-1].item()
                 tokens, lap, begin = 0, time.perf_counter(), time.perf_counter()
 
             # Merge
@@ -600,6 +588,27 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
                 raise KeyboardInterrupt(f"stopped after step {step + 1}, which is saved: the same command with "
                                         "--resume goes on from there")
     return rows
+
+
+def backward(network, idx, targets, config, autocast, scaler):
+    """Forward and backward of a batch, in micro-batches; -> its mean loss.
+
+    A micro-batch counts by its share of the targets, so the gradient is that of the whole batch, however it is cut; DDP
+    averages over processes, hence the factor PROCESSES.
+    """
+    n_targets = (targets != -100).sum()
+    own = slice(PROCESS, None, PROCESSES)  # of the batch's rows
+    parts = list(zip(idx[own].chunk(config.accumulate), targets[own].chunk(config.accumulate)))
+    loss = 0.0
+    for i, (part, part_targets) in enumerate(parts):
+        with contextlib.nullcontext() if PROCESSES == 1 or i == len(parts) - 1 else network.no_sync():
+            with autocast:
+                part_loss = network(part, part_targets)[1] * (part_targets != -100).sum() / n_targets
+            scaler.scale(part_loss * PROCESSES).backward()
+        loss += part_loss.detach()
+    if PROCESSES > 1:
+        dist.all_reduce(loss)
+    return loss
 
 
 def mean_loss(losses, step, folder):
