@@ -55,7 +55,7 @@ LEARNING_RATES = {
     "full": (2e-3, 1e-2, 3e-5),
     "lora": (2e-2, 3e-3, 2e-4),
     "lora+": (5e-3, 1e-3, 2e-4),
-    "asylora": (2e-2, 3e-3, 2e-4),
+    "asylora": (5e-2, 3e-3, 2e-4),
     "dora": (2e-2, 3e-3, 2e-4),
     "relora": (2e-2, 3e-3, 2e-4),
     "mora truncation": (5e-2, 3e-2, 2e-4),
