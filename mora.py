@@ -139,7 +139,7 @@ class Sharing(Operator):
         return self.add_up(x, self.in_group)  # (..., k) -> (..., r̂)
 
     def add_up(self, x, group):  # exercise 3
-        if x.is_cuda:  # where index_add rounds after each addition, in an order that varies
+        if x.device.type == "cuda":  # where index_add rounds after each addition, in an order that varies
             return x @ F.one_hot(group, self.size).to(x.dtype)  # (..., k) (k, r̂) -> (..., r̂)
         return x.new_zeros(*x.shape[:-1], self.size).index_add(-1, group, x)
 
@@ -202,7 +202,8 @@ class Decoupling(Operator):
     def gradient(self, g, x):
         g, x = self.gather(g).flatten(0, -2), x.flatten(0, -2)  # (tokens, d or n r̂), (tokens, k)
         whole = min(g.shape[-1], x.shape[-1]) // self.size * self.size
-        parts = 32 if x.is_cuda and len(x) % 32 == 0 else 1  # of the tokens, so that a GPU's many processors share them
+        # A GPU's many processors share the tokens, in parts
+        parts = 32 if x.device.type == "cuda" and len(x) % 32 == 0 else 1
         rows = (t[:, :whole].unflatten(-1, (-1, self.size)).unflatten(0, (parts, -1)) for t in (g, x))
         products = torch.einsum("ptno,ptni->poni", *rows).sum(0)  # (parts, tokens / parts, n, r̂) twice -> (r̂, n, r̂)
         last = sum_of_products(g[:, whole:whole + self.size], x[:, whole:whole + self.size])
@@ -418,7 +419,7 @@ class MoRALinear(Adapter):
         if few or dropped or not frozen or not self.one_product:
             return super().forward(x)
         device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = not x.is_meta and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         return MergedProduct.apply(x.to(dtype), self.M, self.linear.weight, self.linear.bias, self.operator)
 

@@ -339,7 +339,7 @@ def test_short_cut_is_the_definition(options):
 class OnGPU(torch.Tensor):
     """A tensor that takes CUDA's way through mora.py, on the CPU."""
 
-    is_cuda = True
+    device = torch.device("cuda")
 
 
 @pytest.mark.parametrize("tokens", [64, 33])
