@@ -13,7 +13,7 @@ what an update of low rank cannot hold, such as facts to memorize, is what MoRA 
 d `out_features`, r `rank` and r̂ `size`. Equations are numbered as in MoRA's paper.
 
 From top to bottom: the size of M, the four operators, the layers, and what is done to a whole model. The file needs
-torch and nothing else:
+torch and nothing else; `# exercise 7` marks what exercise 7 of tests/EXERCISES.md takes out:
 
     model = add_adapters(model, method="mora", rank=8)     # freezes the model and adapts every linear layer
     ...                                                    # train the parameters that still require a gradient
@@ -51,8 +51,9 @@ class Operator(nn.Module):
     outputs.
 
     These two define the method, and an operator of your own needs no more than them and a name in OPERATORS; what it
-    draws at random should be a registered buffer, so that it is saved. The other methods (`keep`, `gather`, `gradient`
-    and `matrix`) say the same for `MergedProduct`, below, which is about speed: leave them out at a first reading.
+    draws at random should be a registered buffer, so that it is saved. The others are for speed, in `MergedProduct`
+    below: `matrix` makes ΔW (d, k) of M, `decompress_transposed` takes the gradient of the outputs (..., d) back to that
+    of M's outputs, and `keep` and `gradient` lead to M's own. Leave them out at a first reading.
     """
 
     options = ()  # further arguments of __init__
@@ -70,7 +71,7 @@ class Operator(nn.Module):
 
     def gradient(self, g, kept):
         """The gradient of M (r̂, r̂), from that of the outputs, g (..., d)."""
-        return sum_of_products(self.gather(g), kept)
+        return sum_of_products(self.decompress_transposed(g), kept)
 
 
 def sum_of_products(g, z):
@@ -87,7 +88,7 @@ class Truncation(Operator):
     def decompress(self, z):  # exercise 2
         return F.pad(z, (0, self.out_features - self.size))  # (..., r̂) -> (..., d)
 
-    def gather(self, g):
+    def decompress_transposed(self, g):
         return g[..., :self.size]  # (..., d) -> (..., r̂)
 
     def matrix(self, M):
@@ -146,7 +147,7 @@ class Sharing(Operator):
     def decompress(self, z):  # exercise 3
         return z.index_select(-1, self.out_group)  # (..., r̂) -> (..., d)
 
-    def gather(self, g):
+    def decompress_transposed(self, g):
         return self.add_up(g, self.out_group)  # (..., d) -> (..., r̂)
 
     def matrix(self, M):
@@ -180,37 +181,30 @@ class Decoupling(Operator):
         resize = fold if self.fold and y.shape[-1] > self.out_features else tile
         return resize(y, self.out_features)  # (..., d)
 
-    def gather(self, g):
+    def decompress_transposed(self, g):
         length = self.rows * self.size
         if length < self.out_features:
             return fold(g, length)  # (..., d) -> (..., n r̂)
         return tile(g, length) if self.fold else g  # (..., n r̂); without fold, what was cut has no gradient
 
-    # M Rᵢ, which row i of x meets, is M with each of its own rows turned back. So M is turned, which is small, and not
-    # x; and in M's gradient its products are, forward again.
+    # Row i of x meets M Rᵢ, which is M with each of its own rows turned back: so `matrix` turns M, which is small, and
+    # not x. M's gradient is Σ gᵢ (Rᵢ xᵢ)ᵀ, where gᵢ xᵢᵀ has each of its rows turned: so `gradient` turns these products.
 
     def matrix(self, M):
         n = self.rows if self.fold else min(self.rows, math.ceil(self.out_features / self.size))  # the others are cut
         blocks = self.rotate(M[:, None].expand(-1, n, -1), back=True)  # (r̂, n, r̂), where the last r̂ are inputs
-        rows = torch.block_diag(*blocks.unbind(1))  # (n r̂, n r̂)
-        columns = F.pad(rows, (0, self.in_features - n * self.size)).T  # (k, n r̂); below zero, pad cuts
+        diagonal = torch.block_diag(*blocks.unbind(1))  # (n r̂, n r̂)
+        columns = F.pad(diagonal, (0, self.in_features - n * self.size)).T  # (k, n r̂); below zero, pad cuts
         return self.decompress(columns.unflatten(-1, (n, self.size))).T  # (k, n, r̂) -> (d, k)
 
     def keep(self, x):
         return x
 
     def gradient(self, g, x):
-        g, x = self.gather(g).flatten(0, -2), x.flatten(0, -2)  # (tokens, d or n r̂), (tokens, k)
-        whole = min(g.shape[-1], x.shape[-1]) // self.size * self.size
-        # A GPU's many processors share the tokens, in parts
-        parts = 32 if x.device.type == "cuda" and len(x) % 32 == 0 else 1
-        rows = (t[:, :whole].unflatten(-1, (-1, self.size)).unflatten(0, (parts, -1)) for t in (g, x))
-        products = torch.einsum("ptno,ptni->poni", *rows).sum(0)  # (parts, tokens / parts, n, r̂) twice -> (r̂, n, r̂)
-        last = sum_of_products(g[:, whole:whole + self.size], x[:, whole:whole + self.size])
-        if last.numel():  # the last row is shorter, and its product made by itself, so that x need not be padded
-            last = F.pad(last, (0, self.size - last.shape[1], 0, self.size - last.shape[0]))
-            products = torch.cat([products, last[:, None]], dim=1)
-        return self.rotate(products).sum(1)  # (r̂, n, r̂) -> (r̂, r̂)
+        rows = zip(self.decompress_transposed(g).split(self.size, -1), x.split(self.size, -1))
+        products = [sum_of_products(g_i, x_i) for g_i, x_i in rows]  # n of them, the last perhaps smaller than (r̂, r̂)
+        products = [F.pad(p, (0, self.size - p.shape[1], 0, self.size - p.shape[0])) for p in products]
+        return self.rotate(torch.stack(products, dim=1)).sum(1)  # (r̂, n, r̂) -> (r̂, r̂)
 
 
 def tile(y, length):  # exercise 6
@@ -292,7 +286,7 @@ class Adapter(nn.Module):
 
     def delta_weight(self) -> torch.Tensor:  # exercise 9
         """ΔW (d, k), float32 at least: column j is the update of the j-th unit vector, so it cannot disagree with
-        forward (Eq. 3).
+        `update` (Eq. 3).
         """
         with torch.autocast(self.linear.weight.device.type, enabled=False):
             return self.update(torch.eye(self.in_features, dtype=self.dtype, device=self.linear.weight.device)).T
@@ -405,28 +399,32 @@ class MoRALinear(Adapter):
         size = square_size(linear.in_features, linear.out_features, rank)
         if operator == "rotation" and size > 1:
             size -= size % 2  # coordinates turn in pairs
-        compressor = OPERATORS[operator](linear.in_features, linear.out_features, size, **options)
-        super().__init__(linear, rank, dropout)  # freezes the layer, so it comes after what may be wrong
-        self.operator = compressor.to(linear.weight.device)
+        maps = OPERATORS[operator](linear.in_features, linear.out_features, size, **options)
+        super().__init__(linear, rank, dropout)  # freezes the layer, which an error above must leave as it was
+        self.operator = maps.to(linear.weight.device)
         self.M = self.new_parameter(size, size)
-        kind = type(compressor)
-        self.one_product = has_short_cut(kind, getattr(compressor, "fold", False), kind.compress, kind.decompress)
+        self.one_product = has_short_cut(OPERATORS[operator], options)
+
+    def update(self, x):  # exercise 8
+        z = self.operator.compress(x)
+        z = F.linear(z, self.M.to(z.dtype))
+        return self.operator.decompress(z)
 
     def forward(self, x):
-        few = x.numel() // self.in_features < min(self.in_features, self.out_features) / 2  # tokens, for a ΔW to build
-        dropped = self.training and self.dropout.p > 0  # W0 and ΔW do not see the same x
-        frozen = not any(parameter.requires_grad for parameter in self.linear.parameters())  # MergedProduct has none
-        if few or dropped or not frozen or not self.one_product:
+        if not self.takes_short_cut(x):
             return super().forward(x)
         device = x.device.type
         autocast = not x.is_meta and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         return MergedProduct.apply(x.to(dtype), self.M, self.linear.weight, self.linear.bias, self.operator)
 
-    def update(self, x):  # exercise 8
-        z = self.operator.compress(x)
-        z = F.linear(z, self.M.to(z.dtype))
-        return self.operator.decompress(z)
+    def takes_short_cut(self, x):
+        """Whether forward may and should use MergedProduct, below, which computes the same in less time."""
+        tokens = x.numel() // self.in_features
+        many = tokens >= min(self.in_features, self.out_features) / 2  # enough to build ΔW for
+        dropped = self.training and self.dropout.p > 0  # W0 and ΔW do not see the same x then
+        frozen = not any(parameter.requires_grad for parameter in self.linear.parameters())
+        return self.one_product and many and frozen and not dropped
 
     @torch.no_grad()
     def reset(self, generator=None):  # exercise 13
@@ -445,7 +443,7 @@ class MergedProduct(torch.autograd.Function):
     own gradient would cost what training W0 costs, so M's comes from products of M's size.
     """
 
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # for torch.func
 
     @staticmethod
     def forward(x, M, weight, bias, operator):
@@ -458,22 +456,21 @@ class MergedProduct(torch.autograd.Function):
         ctx.save_for_backward(ctx.operator.keep(x), M, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @torch.autograd.function.once_differentiable  # no second gradients
     def backward(ctx, g):
         kept, M, weight = ctx.saved_tensors
         merged = (weight + ctx.operator.matrix(M)).to(g.dtype)
         return g @ merged, ctx.operator.gradient(g, kept), None, None, None
 
 
-@functools.cache
-def has_short_cut(operator_class, fold, compress, decompress):
+def has_short_cut(operator_class, options):
     """Whether MergedProduct computes what the class's compress and decompress say, tried on random numbers. It does not
     where somebody changed these two, or wrote no `matrix`: then they alone count.
     """
     if not hasattr(operator_class, "matrix"):
         return False
     with torch.device("cpu"), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        generator, options = torch.Generator().manual_seed(0), {"fold": True} if fold else {}
+        generator = torch.Generator().manual_seed(0)
         for k, d in ((13, 22), (22, 13)):
             operator = operator_class(k, d, 4, **options).double()
             for _ in range(2):  # with the first groups, and with the next
@@ -535,15 +532,18 @@ def find_targets(model, targets):
         raise ValueError(f"{type(model).__name__} contains no nn.Linear layer to adapt")
     uses = collections.Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = {name for name, layer in layers.items() if uses[id(layer.weight)] > 1}
-    chosen = {} if targets is not None else {name: layer for name, layer in layers.items() if name not in tied}
-    for target in [targets] if isinstance(targets, str) else targets or []:
-        found = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
-        if not found:
-            names = sorted({name.split(".")[-1] for name in layers})
-            raise ValueError(f"no linear layer is called {target!r}; there are {', '.join(names)}")
-        if tied & found.keys():
-            raise ValueError(f"{target!r} shares its weight with another module: merging would change both")
-        chosen |= found
+    if targets is None:
+        chosen = {name: layer for name, layer in layers.items() if name not in tied}
+    else:
+        chosen = {}
+        for target in [targets] if isinstance(targets, str) else targets:
+            found = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
+            if not found:
+                names = sorted({name.split(".")[-1] for name in layers})
+                raise ValueError(f"no linear layer is called {target!r}; there are {', '.join(names)}")
+            if tied & found.keys():
+                raise ValueError(f"{target!r} shares its weight with another module: merging would change both")
+            chosen |= found
     if not chosen:
         raise ValueError(f"there is no layer to adapt among {', '.join(layers)}: name some in targets; a tied output "
                          "head cannot be adapted")

@@ -48,9 +48,9 @@ METHODS = ("full", *mora.METHODS)
 PROCESS, PROCESSES = (int(text) if text.isdecimal() else 0  # as torchrun sets them; `check` refuses the rest
                       for text in (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")))
 
-# Peak learning rates for --init demo, scratch, and given weights. The first is the best of the sweep in the README, and
-# so is the second, but for lora+, asylora and dora, whose rates are their neighbours'. Nothing was swept for given
-# weights, whose rates are within what the paper searched for LLaMA-2 7B.
+# Peak learning rates for --init demo, scratch, and given weights. The first two are the best of the README's sweeps,
+# except relora's first and the second of lora+, asylora and dora, which are lora's or a neighbour's. For given weights
+# nothing was swept: these are within what the paper searched for LLaMA-2 7B.
 LEARNING_RATES = {
     "full": (2e-3, 1e-2, 3e-5),
     "lora": (2e-2, 3e-3, 2e-4),
@@ -297,32 +297,31 @@ def first_process_first():
 
 def choose_device(args):
     """Settle args.device, dtype and compile; -> a line that says what was chosen, and why."""
-    chosen = args.device
-    if chosen == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    if chosen == "cuda":
-        chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    why = why_dtype = "as asked"
+    if args.device == "auto":
+        args.device, why = ("cuda", why) if torch.cuda.is_available() else ("cpu", "no CUDA device was found")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.ones(1, device=chosen).item()
+        torch.ones(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:  # torch gives the reason in its first sentence
         reason = re.split(r"\. |\n", str(error))[0]
-        raise ValueError(f"--device {chosen} cannot be used ({reason}): --device cpu always can") from error
-    kind = torch.device(chosen).type
-    if kind == "cuda":
-        torch.cuda.set_device(chosen)
-    name = torch.cuda.get_device_name(chosen) if kind == "cuda" else kind
-    why = name if kind == "cuda" else "no CUDA device was found" if args.device == "auto" else "as asked"
-    if args.dtype != "auto":
-        why_dtype = "as asked"
-    elif kind != "cuda":
-        args.dtype, why_dtype = "float32", "mixed precision is for CUDA"
-    elif torch.cuda.is_bf16_supported(including_emulation=False):
-        args.dtype, why_dtype = "bfloat16", "mixed precision; weights stay float32"
-    else:
-        args.dtype, why_dtype = "float16", "mixed precision; the card has no bfloat16, so gradients are scaled"
-    args.device, args.device_name = chosen, name
-    args.compile = kind == "cuda" if args.compile is None else args.compile
-    return (f"device: {chosen} ({why}), {args.dtype} ({why_dtype}), {'compiled' if args.compile else 'not compiled'}, "
+        raise ValueError(f"--device {args.device} cannot be used ({reason}): --device cpu always can") from error
+    args.device_name = torch.device(args.device).type
+    on_cuda = args.device_name == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(args.device)
+        args.device_name = why = torch.cuda.get_device_name(args.device)
+    if args.dtype == "auto":
+        if not on_cuda:
+            args.dtype, why_dtype = "float32", "mixed precision is for CUDA"
+        elif torch.cuda.is_bf16_supported(including_emulation=False):
+            args.dtype, why_dtype = "bfloat16", "mixed precision; weights stay float32"
+        else:
+            args.dtype, why_dtype = "float16", "mixed precision; the card has no bfloat16, so gradients are scaled"
+    if args.compile is None:
+        args.compile = on_cuda
+    return (f"device: {args.device} ({why}), {args.dtype} ({why_dtype}), {'' if args.compile else 'not '}compiled, "
             f"torch {torch.__version__}" + (f", {PROCESSES} processes" if PROCESSES > 1 else ""))
 
 
@@ -370,21 +369,17 @@ def held_out(model, dataset):
     return loss / n_targets, right / n_rows
 
 
-def text_metrics(model, text, old_text=None):
-    """Loss and perplexity on the held-out text; and the loss on a text learned earlier, if there is one."""
-    loss, _ = held_out(model, text)
+def held_out_metrics(model, dataset, old_text=None):
+    """Loss and perplexity on the held-out rows; for pairs, the fraction of completions that greedy decoding would get
+    right; and the loss on a text learned earlier, if there is one.
+    """
+    loss, right = held_out(model, dataset)
     metrics = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    if isinstance(dataset, data.PromptPairs):
+        metrics["exact_match"] = right
     if old_text:
         metrics["old_loss"], _ = held_out(model, old_text)
     return metrics
-
-
-def pairs_metrics(model, pairs):
-    """Loss and perplexity on the held-out completions, and the fraction of completions that greedy decoding would get
-    right.
-    """
-    loss, right = held_out(model, pairs)
-    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "exact_match": right}
 
 
 def load_task(config, tokenizer, context):
@@ -398,7 +393,7 @@ def load_task(config, tokenizer, context):
         dataset = data.PromptPairs(*data.prompt_pairs(config.data, config.val_data), tokenizer, **common)
         say(f"{len(dataset.train):,} pairs to learn, {len(dataset.val):,} held out; {dataset.cut} cut to {block_size} "
             f"tokens, {dataset.dropped} too long to use")
-        return dataset, functools.partial(pairs_metrics, pairs=dataset)
+        return dataset, functools.partial(held_out_metrics, dataset=dataset)
     folder, old_text = Path(config.out_dir, "data"), None
     with first_process_first():
         files = (data.c4_tokens(config.c4_url, config.shards, tokenizer, folder) if config.task == "c4" else
@@ -409,7 +404,7 @@ def load_task(config, tokenizer, context):
     text = data.Text(*files, val_tokens=config.val_tokens, **common)
     measured = min(len(text.val) - 1, config.val_tokens)
     say(f"{sum(map(len, text.train)):,} tokens to learn from, {measured:,} to measure on")
-    return text, functools.partial(text_metrics, text=text, old_text=old_text)
+    return text, functools.partial(held_out_metrics, dataset=text, old_text=old_text)
 
 
 def summary(rows):
@@ -580,7 +575,7 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
                 save_checkpoint(folder, step + 1, rows, losses, config, model, optimizer, scaler)
                 left = (time.perf_counter() - begin) / max(1, step - first) * (last - step - 1)
                 width = len(str(config.max_steps))
-                say(f"step {step + 1:{width}}/{config.max_steps}  loss {loss:.4f}  {show(metrics)}  "
+                say(f"step {step + 1:{width}}/{config.max_steps}  loss {loss:.4f}  {format_metrics(metrics)}  "
                     f"{speed:,.0f} tokens/s  {left:.0f} s left")
                 tokens, lap = 0, time.perf_counter()
             if interrupted:
@@ -611,6 +606,10 @@ def backward(network, idx, targets, config, autocast, scaler):
     return loss
 
 
+class Diverged(ValueError):
+    """The loss is not finite."""
+
+
 def mean_loss(losses, step, folder):
     """The mean of the last steps' losses, the last one being that of `step`. Diverged if one is not finite."""
     losses = torch.stack(losses)
@@ -624,11 +623,7 @@ def mean_loss(losses, step, folder):
     return losses.mean().item()
 
 
-class Diverged(ValueError):
-    """The loss is not finite."""
-
-
-def show(metrics):
+def format_metrics(metrics):
     """Metrics as people read them."""
     forms = {"char_accuracy": ".1%", "exact_match": ".1%"}
     return "  ".join(f"{name.replace('_', ' ')} {value:{forms.get(name, '.4f')}}" for name, value in metrics.items())
@@ -844,7 +839,8 @@ def finished(folder, config):
         return None
     with usable(path):
         results = json.loads(path.read_text(encoding="utf-8"))
-        saved, steps, _ = dict(results["config"]), results["steps"], results_table([results])
+        saved, steps = dict(results["config"]), results["steps"]
+        results_table([results])  # what it needs is there
     check_same(path, saved, config)
     return results if steps == config.max_steps and (not config.export or (folder / "model.pt").exists()) else None
 
@@ -886,7 +882,7 @@ def check_start(model, start, dataset, evaluate):
     difference = (logits - start_logits).abs().max().item()
     if not difference <= 1e-4 * start_logits.abs().max():
         raise RuntimeError(f"an adapted model must start as its base, but its logits differ by {difference:g}")
-    say(f"before training: logits differ from the base's by {difference:.1g}  {show(evaluate(model))}")
+    say(f"before training: logits differ from the base's by {difference:.1g}  {format_metrics(evaluate(model))}")
 
 
 @torch.no_grad()
@@ -1061,34 +1057,39 @@ def complain(error):
     return 2
 
 
-def main(argv=None):
-    """Run the command line: all runs, then the tables. Ends with status 0, 2 for wrong input, 130 if stopped."""
-    argv = sys.argv[1:] if argv is None else argv
+def run_all(argv):
+    """All runs of a command line, then their tables; -> the exit status: 2 if one diverged, else 0."""
+    args = parse_args(argv)
+    say(choose_device(args))
+    if PROCESSES > 1:
+        connect(args.device)
+    check_folder(args.out_dir)
+    base, tokenizer = load_base(args)
+    base.to(args.device)
+    mora.find_targets(base, args.targets)  # a wrong name is found before, not between, the runs
+    context = base.config.block_size
+    if (args.block_size or 0) > context:
+        raise ValueError(f"--block_size {args.block_size} exceeds the context of {args.init}, {context} tokens")
+    if args.task == "uuid":
+        check_context(context, f"the context of {args.init}")
+        say(f"{args.n_pairs} pairs to memorize; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")
     results, status = [], 0
+    for config in runs(args):
+        try:
+            results.append(run(config, base, tokenizer))
+        except Diverged as error:  # one run of several may, at a rate too high
+            status = complain(error)
+    report(results, args)
+    if not argv:
+        say(NEXT)
+    return status
+
+
+def main(argv=None):
+    """Run the command line and end with status 0, 2 for wrong input, 130 if stopped."""
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        args = parse_args(argv)
-        say(choose_device(args))
-        if PROCESSES > 1:
-            connect(args.device)
-        check_folder(args.out_dir)
-        base, tokenizer = load_base(args)
-        base.to(args.device)
-        mora.find_targets(base, args.targets)  # a wrong name is found before, not between, the runs
-        context = base.config.block_size
-        if (args.block_size or 0) > context:
-            raise ValueError(f"--block_size {args.block_size} exceeds the context of {args.init}, {context} tokens")
-        if args.task == "uuid":
-            check_context(context, f"the context of {args.init}")
-            say(f"{args.n_pairs} pairs to memorize; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")
-        for config in runs(args):
-            try:
-                results.append(run(config, base, tokenizer))
-            except Diverged as error:  # one run of several may, at a rate too high
-                status = complain(error)
-        report(results, args)
-        if not argv:
-            say(NEXT)
+        status = run_all(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # nobody reads on, as in `python train.py | head`
         status = 141  # as if SIGPIPE had ended the program
     except (ValueError, OSError) as error:
