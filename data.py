@@ -157,7 +157,8 @@ class DemoText:
         starts = torch.tensor([rng.randrange(len(self.text) - length) for _ in range(self.batch_size // 2)])
         text = self.text[starts[:, None] + torch.arange(length)]
         pairs = random_uuid_pairs(self.batch_size - len(text), rng)
-        tokens = torch.cat([text, encode_uuid_pairs(pairs, self.tokenizer)]).to(self.device)  # (batch_size, 73)
+        tokens = torch.cat([text, encode_uuid_pairs(pairs, self.tokenizer)])  # (batch_size, 73)
+        tokens = to_device(tokens, self.device)
         return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -517,7 +518,7 @@ class Text:
         missing = -(len(tokens) - 1) % self.block_size
         idx = torch.nn.functional.pad(tokens[:-1], (0, missing)).view(-1, self.block_size)
         targets = torch.nn.functional.pad(tokens[1:], (0, missing), value=-100).view(-1, self.block_size)
-        rows = max(1, 16_384 // self.block_size)  # so that no rounding depends on training's batch size
+        rows = max(1, 4_096 // self.block_size)  # whatever training's batch size is, so that no rounding depends on it
         for batch in zip(idx.split(rows), targets.split(rows)):
             yield tuple(tensor.to(self.device) for tensor in batch)
 

@@ -439,8 +439,9 @@ class MoRALinear(Adapter):
 class MergedProduct(torch.autograd.Function):
     """(W0 + ΔW) x + bias in one product, for hardly more than the frozen layer costs. W0 and the bias get no gradient.
 
-    ΔW (d, k) is built once a call, however many tokens there are, and again in the backward pass rather than kept. Its
-    own gradient would cost what training W0 costs, so M's comes from products of M's size.
+    ΔW (d, k) is built once a call, however many tokens there are, and again in the backward pass rather than kept
+    (torch.compile may keep it). Its own gradient would cost what training W0 costs, so M's comes from products of M's
+    size.
     """
 
     generate_vmap_rule = True  # for torch.func

@@ -319,10 +319,21 @@ def choose_device(args):
             args.dtype, why_dtype = "bfloat16", "mixed precision; weights stay float32"
         else:
             args.dtype, why_dtype = "float16", "mixed precision; the card has no bfloat16, so gradients are scaled"
+    compiled = "compiled" if args.compile else "not compiled"
     if args.compile is None:
-        args.compile = on_cuda
-    return (f"device: {args.device} ({why}), {args.dtype} ({why_dtype}), {'' if args.compile else 'not '}compiled, "
+        args.compile = on_cuda and can_compile(args.device)
+        compiled = "compiled" if args.compile else "not compiled" + " (torch.compile does not work here)" * on_cuda
+    return (f"device: {args.device} ({why}), {args.dtype} ({why_dtype}), {compiled}, "
             f"torch {torch.__version__}" + (f", {PROCESSES} processes" if PROCESSES > 1 else ""))
+
+
+def can_compile(device):
+    """Whether torch.compile works on a device: on CUDA it takes Triton and a C compiler, which not everybody has."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception:  # of any of the libraries that take part
+        return False
+    return True
 
 
 def connect(device):
@@ -518,11 +529,16 @@ def learning_rate(step, config):  # exercise 16
 # The loop
 
 
+def autocast(config):
+    """Mixed precision, where the settings ask for it."""
+    enabled = config.dtype != "float32"
+    return torch.autocast(torch.device(config.device).type, getattr(torch, config.dtype), enabled=enabled)
+
+
 def train(model, dataset, evaluate, config, folder, first=0, last=None):
     """Train `model` in place from step `first` to `last`; -> the rows of folder/metrics.csv, one an evaluation."""
-    kind, last = torch.device(config.device).type, last or config.max_steps
-    autocast = torch.autocast(kind, getattr(torch, config.dtype), enabled=config.dtype != "float32")
-    scaler = torch.amp.GradScaler(kind, enabled=config.dtype == "float16")
+    last = last or config.max_steps
+    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
     optimizer = make_optimizer(model, config)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.compiler.reset()  # what was compiled for an earlier run serves no other, and its place is limited
@@ -547,7 +563,7 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
 
             # Forward and backward
             model.train()
-            losses.append(backward(network, idx, targets, config, autocast, scaler))
+            losses.append(backward(network, idx, targets, config, scaler))
             tokens += idx.numel()
 
             # Clip and step
@@ -568,7 +584,7 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
             # Evaluate, save, report
             if (step + 1) % config.eval_every == 0 or step + 1 == last:
                 loss, speed = mean_loss(losses, step, folder), tokens / (time.perf_counter() - lap)
-                with torch.no_grad(), autocast:
+                with torch.no_grad(), autocast(config):
                     metrics = evaluate(model.eval())
                 rows.append(dict(step=step + 1, loss=loss, learning_rate=rate, tokens_per_second=speed, **metrics))
                 losses = []
@@ -585,7 +601,7 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
     return rows
 
 
-def backward(network, idx, targets, config, autocast, scaler):
+def backward(network, idx, targets, config, scaler):
     """Forward and backward of a batch, in micro-batches; -> its mean loss.
 
     A micro-batch counts by its share of the targets, so the gradient is that of the whole batch, however it is cut; DDP
@@ -597,7 +613,7 @@ def backward(network, idx, targets, config, autocast, scaler):
     loss = 0.0
     for i, (part, part_targets) in enumerate(parts):
         with contextlib.nullcontext() if PROCESSES == 1 or i == len(parts) - 1 else network.no_sync():
-            with autocast:
+            with autocast(config):
                 part_loss = network(part, part_targets)[1] * (part_targets != -100).sum() / n_targets
             scaler.scale(part_loss * PROCESSES).backward()
         loss += part_loss.detach()
@@ -812,7 +828,7 @@ def run(config, base, tokenizer):
         + (f", r̂ = {counts['size']}" if config.operator else ""))
     if config.method == "remora" and not config.groups:
         say(f"{config.operator} has no groups to draw: a merge starts M anew, and adds nothing that M could not")
-    check_start(model, start, dataset, evaluate)
+    check_start(model, start, dataset, evaluate, config)
 
     rows = train(model, dataset, evaluate, config, folder, first)
     quick = base.config.n_embd <= 512 or torch.device(config.device).type == "cuda"  # GPT-2's take minutes on a CPU
@@ -875,14 +891,17 @@ def complete(model, pairs, tokenizer):
 
 
 @torch.no_grad()
-def check_start(model, start, dataset, evaluate):
+def check_start(model, start, dataset, evaluate, config):
     """See that adapters change nothing before they are trained, and say how the model does."""
-    batch = [tensor[:8] for tensor in dataset.batch(0)]
-    logits, start_logits = (network.eval()(*batch)[0] for network in (model, start))
+    idx, targets = dataset.batch(0)
+    rows = math.ceil(1000 / idx.shape[1])  # logits take much memory
+    logits, start_logits = (network.eval()(idx[:rows], targets[:rows])[0] for network in (model, start))
     difference = (logits - start_logits).abs().max().item()
     if not difference <= 1e-4 * start_logits.abs().max():
         raise RuntimeError(f"an adapted model must start as its base, but its logits differ by {difference:g}")
-    say(f"before training: logits differ from the base's by {difference:.1g}  {format_metrics(evaluate(model))}")
+    with autocast(config):
+        metrics = evaluate(model)
+    say(f"before training: logits differ from the base's by {difference:.1g}  {format_metrics(metrics)}")
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ only ratios within a table mean something. Sections: layers, steps, merge, token
 """
 
 import argparse
+import contextlib
 import copy
+import gc
 import json
 import os
 import platform
@@ -40,8 +42,11 @@ def wait(device):
 
 
 def take_turns(candidates, device, seconds):
-    """Median seconds of each candidate, a dict of functions; about `seconds` altogether, after one call unmeasured."""
-    times = {name: [] for name in candidates}
+    """Median seconds of each candidate, a dict of functions; about `seconds` altogether, after one call unmeasured.
+
+    On a GPU a turn is ten calls, so that starting them takes its usual place beside the computation.
+    """
+    times, calls = {name: [] for name in candidates}, 10 if device.type == "cuda" else 1
     for function in candidates.values():
         function()
     begin = time.perf_counter()
@@ -49,9 +54,10 @@ def take_turns(candidates, device, seconds):
         for name, function in candidates.items():
             wait(device)
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             wait(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -90,14 +96,25 @@ def peak_memory(function):
 def memory(function, model, device):
     """What is measured of a call's memory, and how many MB it is."""
     if device.type == "cuda":
-        return "MB at the peak", f"{peak_memory(function):,.1f}"
-    return "MB kept for backward", f"{kept_for_backward(function, model):,.1f}"
+        return "MB more at the peak", peak_memory(function)
+    return "MB kept for backward", kept_for_backward(function, model)
+
+
+@contextlib.contextmanager
+def left_out_if_too_large(case):
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        print(f"{case}: left out, for there is not enough memory")
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def chosen(cases, args):
     """Those whose name contains what --only asks for."""
     found = {case: values for case, values in cases.items() if args.only in case}
-    print("" if found else f"{args.only!r} is in none of the names {'; '.join(cases)}")
+    if not found:
+        print(f"{args.only!r} is in none of the names {'; '.join(cases)}")
     return found
 
 
@@ -168,11 +185,13 @@ def bench_layers(args):
     for compiled in ([False, True] if on_gpu else [args.compile]):
         tables = {}
         for case, sizes in chosen(cases, args).items():
-            measured = measure_layers(*sizes, compiled, args)
+            measured = {}
+            with left_out_if_too_large(case):
+                measured = measure_layers(*sizes, compiled, args)
             for name, (seconds, (what, megabytes)) in measured.items():
                 frozen, lora = (seconds / measured[other][0] for other in ("frozen", "lora"))
                 cells = {"layer": f"{1e3 * seconds:.1f} ms" if name == "frozen" else f"{frozen:.2f}",
-                         "of lora": f"{lora:.2f}", what: megabytes}
+                         "of lora": f"{lora:.2f}", what: f"{megabytes:,.1f}"}
                 for title, cell in cells.items():
                     title += ", compiled" * compiled
                     tables.setdefault(title, {}).setdefault(name, {title: name})[case] = cell
@@ -211,11 +230,14 @@ def measure_layers(k, d, rank, compiled, args):
 
 def step_candidates(base, task, rank):
     """Models that train by each method; `frozen` is the floor: the first layer's bias alone, so that the gradient has
-    to pass the whole network.
+    to pass the whole network, and in c4 what every method trains outside the linear layers.
     """
     settings = ["full", "lora", *(f"mora {operator}" for operator in OPERATORS)]
     models = {"frozen": copy.deepcopy(base).requires_grad_(False)}
     models["frozen"].h[0].attn.c_attn.bias.requires_grad_(True)
+    for name, parameter in models["frozen"].named_parameters():
+        if task == "c4" and name.split(".")[-2] in ("wte", "wpe", "ln_1", "ln_2", "ln_f"):
+            parameter.requires_grad_(True)
     for setting in settings:
         method, _, operator = setting.partition(" ")
         config = argparse.Namespace(method=method, rank=rank, operator=operator or None, targets=None, alpha=None,
@@ -226,7 +248,7 @@ def step_candidates(base, task, rank):
 
 
 def bench_steps(args):
-    """Forward, backward, clipping and AdamW. In c4, all but frozen train the embeddings too, as in train.py."""
+    """Forward, backward, clipping and AdamW. In c4, embeddings and norms train too, as in train.py."""
     on_gpu = args.device.type == "cuda"
     cases = {"demo uuid": (32, 2), "demo c4": (32, 4)}
     cases |= {"gpt2 uuid": (1000 if on_gpu else 16, 8)} if not args.quick else {}
@@ -240,10 +262,9 @@ def bench_steps(args):
         length = 2 * data.UUID_LENGTH if task == "uuid" else base.config.block_size
         idx = torch.randint(base.config.vocab_size, (batch_size, length), device=args.device)
         targets = idx[:, -data.UUID_LENGTH:] if task == "uuid" else idx
-        try:
-            rows += step_rows(f"{case}, {batch_size} x {length}", base, task, rank, idx, targets, peak, args)
-        except torch.OutOfMemoryError:
-            print(f"\n{case}, {batch_size} x {length}: left out, for there is not enough memory on {args.device}")
+        case += f", {batch_size} x {length}"
+        with left_out_if_too_large(case):
+            rows += step_rows(case, base, task, rank, idx, targets, peak, args)
     return rows
 
 
@@ -272,16 +293,18 @@ def step_rows(case, base, task, rank, idx, targets, peak, args):
     seconds = take_turns(steps, args.device, 6 if args.quick else 60)
     rows = []
     for name, step in steps.items():
+        part = min(8, len(idx))  # of the batch, since what is not compiled takes more memory
         with FlopCounterMode(display=False) as counter:
             with args.autocast():
-                models[name](idx, targets)[1].backward()
+                models[name](idx[:part], targets[:part])[1].backward()
         models[name].zero_grad(set_to_none=True)
+        flops = counter.get_total_flops() * len(idx) / part
         row = {"step": case, "method": name, "tokens/s": f"{idx.numel() / seconds[name]:,.0f}",
                **{f"of {other}": f"{seconds[name] / seconds[other]:.2f}" for other in ("frozen", "full", "lora")},
-               "of peak FLOP/s": f"{counter.get_total_flops() / seconds[name] / peak:.0%}"}
+               "of peak FLOP/s": f"{flops / seconds[name] / peak:.0%}"}
         row["MB of state"] = f"{state(models[name], optimizers[name]):,.1f}"
         what, megabytes = memory(step, models[name], args.device)
-        row[what] = megabytes
+        row[what] = f"{megabytes:,.1f}"
         if args.compile:
             row["first step"] = f"{first[name]:.0f} s"
         rows.append(row)
@@ -350,8 +373,8 @@ def main():
                         "such as 'gpt2 c4' or '3072 to 768'")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA, "
-                        "float32 on a CPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA "
+                        "(float16 where the card has none), float32 on a CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     args = parser.parse_args()
     unknown = set(args.sections) - SECTIONS.keys()
@@ -359,7 +382,8 @@ def main():
         parser.error(f"no section is called {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
     args.device = torch.device(args.device)
     on_gpu = args.device.type == "cuda"
-    args.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    half = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    args.dtype = getattr(torch, args.dtype or (half if on_gpu else "float32"))
     args.compile = on_gpu if args.compile is None else args.compile
     args.autocast = lambda: torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32)
     name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()

@@ -122,6 +122,15 @@ def test_merges_come_every_so_often_but_not_at_the_end():
     assert not any(train.merges_after(step, config(method="mora")) for step in range(24)), "it is for ReLoRA and ReMoRA"
 
 
+def test_what_cannot_be_compiled_is_found_out(monkeypatch):
+    def no_triton(function):
+        raise RuntimeError("Cannot find a working triton installation")
+
+    for compile, works in ((lambda function: function, True), (no_triton, False)):
+        monkeypatch.setattr(torch, "compile", compile)
+        assert train.can_compile("cpu") == works
+
+
 def test_lora_plus_gives_b_its_own_rate():
     model = mora.add_adapters(torch.nn.Sequential(torch.nn.Linear(4, 6)), "lora+", 2)
     groups = train.make_optimizer(model, config(method="lora+")).param_groups
