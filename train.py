@@ -529,6 +529,18 @@ def learning_rate(step, config):  # exercise 16
 # The loop
 
 
+class Loss(torch.nn.Module):
+    """A model's loss alone. Logits that leave what is compiled would get a gradient there, as large as they are and zero.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx, targets):
+        return self.model(idx, targets)[1]
+
+
 def autocast(config):
     """Mixed precision, where the settings ask for it."""
     enabled = config.dtype != "float32"
@@ -542,7 +554,7 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
     optimizer = make_optimizer(model, config)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.compiler.reset()  # what was compiled for an earlier run serves no other, and its place is limited
-    network = torch.compile(model) if config.compile else model
+    network = torch.compile(Loss(model)) if config.compile else Loss(model)
     rows, losses = [], []
     if config.resume and (folder / "checkpoint.pt").exists():
         first, rows, losses = load_checkpoint(folder / "checkpoint.pt", config, model, optimizer, scaler)
@@ -614,7 +626,7 @@ def backward(network, idx, targets, config, scaler):
     for i, (part, part_targets) in enumerate(parts):
         with contextlib.nullcontext() if PROCESSES == 1 or i == len(parts) - 1 else network.no_sync():
             with autocast(config):
-                part_loss = network(part, part_targets)[1] * (part_targets != -100).sum() / n_targets
+                part_loss = network(part, part_targets) * (part_targets != -100).sum() / n_targets
             scaler.scale(part_loss * PROCESSES).backward()
         loss += part_loss.detach()
     if PROCESSES > 1:

@@ -276,11 +276,11 @@ def step_rows(case, base, task, rank, idx, targets, peak, args):
         optimizer = train.make_optimizer(model, argparse.Namespace(method=method, device=str(args.device),
                                                                    weight_decay=0.0, lora_plus_ratio=1.0))
         trainable = [p for p in model.parameters() if p.requires_grad]
-        network = torch.compile(model) if args.compile else model
+        network = torch.compile(train.Loss(model)) if args.compile else train.Loss(model)
 
         def step(network=network, optimizer=optimizer, trainable=trainable):
             with args.autocast():
-                loss = network(idx, targets)[1]
+                loss = network(idx, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
