@@ -340,7 +340,8 @@ def connect(device):
     """Let the processes that torchrun started find each other."""
     patience = datetime.timedelta(hours=2)  # the first process may have data to prepare
     try:
-        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo", timeout=patience)
+        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{PROCESSES} processes (WORLD_SIZE) cannot be connected: start them with torchrun, or unset "
                          f"WORLD_SIZE ({str(error).splitlines()[0]})") from error
@@ -606,7 +607,7 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
                 say(f"step {step + 1:{width}}/{config.max_steps}  loss {loss:.4f}  {format_metrics(metrics)}  "
                     f"{speed:,.0f} tokens/s  {left:.0f} s left")
                 tokens, lap = 0, time.perf_counter()
-            if interrupted:
+            if in_any_process(interrupted):
                 save_checkpoint(folder, step + 1, rows, losses, config, model, optimizer, scaler)
                 raise KeyboardInterrupt(f"stopped after step {step + 1}, which is saved: the same command with "
                                         "--resume goes on from there")
@@ -677,6 +678,14 @@ def interrupts():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def in_any_process(interrupted):
+    """Whether one of the processes was interrupted: all have to stop after the same step."""
+    flag = torch.tensor(len(interrupted))
+    if PROCESSES > 1:
+        dist.all_reduce(flag)
+    return bool(flag)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

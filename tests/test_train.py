@@ -10,8 +10,10 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -381,6 +383,26 @@ def test_a_stopped_process_resumes_bit_for_bit(number, base, tmp_path):
     assert cli(*command, "--out_dir", tmp_path / "stopped", "--resume") == 0
     assert cli(*command, "--out_dir", tmp_path / "whole") == 0
     assert_same_run(*(next((tmp_path / name).glob("uuid-*")) for name in ("whole", "stopped")))
+
+
+def test_all_processes_stop_when_one_is_asked_to(base, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = dict(OMP_NUM_THREADS="1", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    command = [*TRAIN, "uuid", "--init", base, "--methods", "mora", "--n_pairs", "8", "--max_steps", "5000",
+               "--eval_every", "5", "--device", "cpu", "--out_dir", tmp_path]
+    first, second = (subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                      env=os.environ | environment | {"RANK": rank}) for rank in "01")
+    for line in first.stdout:
+        if " 5/5000" in line:
+            break
+    second.send_signal(signal.SIGTERM)
+    for process in (first, second):
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 130 and "which is saved" in error and "Traceback" not in error
+    step = re.search(r"stopped after step (\d+)", error)[1]
+    assert torch.load(next(tmp_path.glob("uuid-*/checkpoint.pt")), weights_only=True)["step"] == int(step)
 
 
 def test_finished_runs_are_not_run_again(base, tmp_path, capsys):
