@@ -202,7 +202,8 @@ def make_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of activations and products; weights stay float32")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the model (default: on CUDA, where it works)")
     add("--resume", action="store_true",
         help="continue the runs in out_dir where they stopped, and keep those that are done")
     add("--spectrum", action="store_true",
