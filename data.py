@@ -518,7 +518,7 @@ class Text:
         missing = -(len(tokens) - 1) % self.block_size
         idx = torch.nn.functional.pad(tokens[:-1], (0, missing)).view(-1, self.block_size)
         targets = torch.nn.functional.pad(tokens[1:], (0, missing), value=-100).view(-1, self.block_size)
-        rows = max(1, 4_096 // self.block_size)  # whatever training's batch size is, so that no rounding depends on it
+        rows = max(1, 4_096 // self.block_size)  # few, as logits are large; not training's, lest rounding depend on it
         for batch in zip(idx.split(rows), targets.split(rows)):
             yield tuple(tensor.to(self.device) for tensor in batch)
 

@@ -12,8 +12,8 @@ Both are linear, so the update is a matrix ΔW that merges into W0 exactly. Its 
 what an update of low rank cannot hold, such as facts to memorize, is what MoRA is for. In the code k is `in_features`,
 d `out_features`, r `rank` and r̂ `size`. Equations are numbered as in MoRA's paper.
 
-From top to bottom: the size of M, the four operators, the layers, and what is done to a whole model. The file needs
-torch and nothing else; `# exercise 7` marks what exercise 7 of tests/EXERCISES.md takes out:
+From top to bottom: the size of M, the four operators, the layers, and what is done to a whole model. A comment such as
+`# exercise 7` marks what that exercise of tests/EXERCISES.md takes out. The file needs torch and nothing else:
 
     model = add_adapters(model, method="mora", rank=8)     # freezes the model and adapts every linear layer
     ...                                                    # train the parameters that still require a gradient
@@ -52,8 +52,8 @@ class Operator(nn.Module):
 
     These two define the method, and an operator of your own needs no more than them and a name in OPERATORS; what it
     draws at random should be a registered buffer, so that it is saved. The others are for speed, in `MergedProduct`
-    below: `matrix` makes ΔW (d, k) of M, `decompress_transposed` takes the gradient of the outputs (..., d) back to that
-    of M's outputs, and `keep` and `gradient` lead to M's own. Leave them out at a first reading.
+    below: `matrix` makes ΔW (d, k) of M, `decompress_transposed` takes the gradient of the outputs (..., d) back to
+    that of M's outputs, and `keep` and `gradient` lead to M's own. Leave them out at a first reading.
     """
 
     options = ()  # further arguments of __init__
@@ -188,7 +188,7 @@ class Decoupling(Operator):
         return tile(g, length) if self.fold else g  # (..., n r̂); without fold, what was cut has no gradient
 
     # Row i of x meets M Rᵢ, which is M with each of its own rows turned back: so `matrix` turns M, which is small, and
-    # not x. M's gradient is Σ gᵢ (Rᵢ xᵢ)ᵀ, where gᵢ xᵢᵀ has each of its rows turned: so `gradient` turns these products.
+    # not x. M's gradient is Σ gᵢ (Rᵢ xᵢ)ᵀ, which is gᵢ xᵢᵀ with each of its rows turned: so `gradient` turns those.
 
     def matrix(self, M):
         n = self.rows if self.fold else min(self.rows, math.ceil(self.out_features / self.size))  # the others are cut

@@ -116,6 +116,7 @@ def number(kind, minimum, maximum=1_000_000_000):
 
 
 def make_parser():
+    """The command line's options. None stands for a default that depends on the task or on other options."""
     parser = Parser(usage=f"train.py [{' | '.join(TASKS)}] [options]", description=__doc__.split("\n")[0],
                     formatter_class=HelpFormatter)
     parser.add_argument("task", nargs="?", default="uuid", choices=TASKS,
@@ -532,7 +533,7 @@ def learning_rate(step, config):  # exercise 16
 
 
 class Loss(torch.nn.Module):
-    """A model's loss alone. Logits that leave what is compiled would get a gradient there, as large as they are and zero.
+    """A model's loss alone. Logits that leave what is compiled would get a gradient there: zeros, as many as they are.
     """
 
     def __init__(self, model):
@@ -878,7 +879,7 @@ def finished(folder, config):
     with usable(path):
         results = json.loads(path.read_text(encoding="utf-8"))
         saved, steps = dict(results["config"]), results["steps"]
-        results_table([results])  # what it needs is there
+        results_table([results])  # what it lacks for the last table shows now, and not after all runs
     check_same(path, saved, config)
     return results if steps == config.max_steps and (not config.export or (folder / "model.pt").exists()) else None
 

@@ -172,8 +172,8 @@ def layer_candidates(k, d, rank, device):
 
 
 def bench_layers(args):
-    """Tables of methods by shapes: time as a multiple of the frozen layer's and of LoRA's, and memory. The last rows are
-    not what users get, but what the short cut is worth.
+    """Tables of methods by shapes: time as a multiple of the frozen layer's and of LoRA's, and memory. The last rows
+    are not what users get, but what the short cut is worth.
     """
     on_gpu = args.device.type == "cuda"
     shapes = [(768, 768), (768, 2304), (768, 3072), (3072, 768)]

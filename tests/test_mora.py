@@ -347,7 +347,8 @@ def test_sharing_on_a_gpu_adds_up_the_same(groups):
     for k, d in ((12, 12), (13, 22), (22, 13)):
         (_, layer), x, g = adapted(k, d, operator="sharing", groups=groups), randn(2, 7, k), randn(2, 7, d)
         for function, tensor in ((layer.operator.compress, x), (layer.operator.decompress_transposed, g)):
-            assert_close(function(tensor.as_subclass(OnGPU)), function(tensor), f"{function.__name__}, k = {k}, d = {d}")
+            hint = f"{function.__name__}, k = {k}, d = {d}"
+            assert_close(function(tensor.as_subclass(OnGPU)), function(tensor), hint)
 
 
 @every_operator
