@@ -1,15 +1,12 @@
-"""A GPT in one file: GPT-2's architecture (Radford et al. 2019), readable from top to bottom, and its published
-weights.
+"""A GPT in one file: GPT-2's architecture (Radford et al. 2019) and its published weights.
 
-Pre-norm blocks, GELU, learned positions, an output head tied to the token embedding. The modules carry the names of
-OpenAI's checkpoint (wte, wpe, h.0.attn.c_attn, ...), with one difference: c_attn, c_proj and c_fc are nn.Linear here,
-and their weights transposed.
-
-Shapes: B sequences of T tokens, C = n_embd channels, H heads.
+Pre-norm blocks, GELU, learned positions, an output head tied to the token embedding. Modules are named as in OpenAI's
+checkpoint, but c_attn, c_proj and c_fc are nn.Linear, transposed. B sequences, T tokens, C = n_embd channels, H heads.
 """
 
 import math
 import os
+import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 
@@ -94,15 +91,14 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # so that the sum over all layers' outputs keeps its size
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+            residual = name.endswith("c_proj.weight")  # so that the sum over all layers' outputs keeps its size
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def features(self, idx):
-        """What the head reads: (B, T) token ids -> (B, T, C). ValueError if T exceeds the context length."""
+        """(B, T) token ids -> what the head reads, (B, T, C). ValueError if T exceeds the context length."""
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens do not fit into the context of {self.config.block_size}")
         x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]  # (B, T, C)
@@ -125,107 +121,100 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=0.0, top_k=None, generator=None):
-        """Append tokens to idx (B, T): the likeliest at temperature 0, else drawn from the `top_k` likeliest.
-
-        Past the context length the model sees the last `block_size` tokens. Call eval() first if there is dropout.
+        """Append tokens to idx (B, T): the likeliest at temperature 0, else drawn from the `top_k` likeliest. Past the
+        context length the model sees the last `block_size` tokens. Call eval() first if there is dropout.
         """
         for _ in range(max_new_tokens):
             x = self.features(idx[:, -self.config.block_size:])[:, -1]  # (B, C)
             logits = F.linear(x, self.wte.weight).float()  # (B, vocab_size)
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -math.inf
-                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            if top_k is not None:
+                logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -math.inf
+            token = (logits.argmax(-1, keepdim=True) if temperature == 0 else
+                     torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator))  # (B, 1)
             idx = torch.cat([idx, token], dim=1)
         return idx
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, n_head: int | None = None, dropout: float = 0.0) -> "GPT":
         """A GPT with OpenAI's weights ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl": downloaded once) or those of a
-        local file.
-
-        The file is a state dict written by torch.save with GPT-2's names, with or without the prefix "transformer.".
-        The configuration is read off the shapes. They do not tell the number of heads: that is `n_head`, or what
-        `export` noted in the file, or n_embd / 64 as in every GPT-2. ValueError says what in the file does not fit.
+        local file: a state dict written by torch.save with GPT-2's names, with or without the prefix "transformer.".
+        The configuration is read off the shapes; the number of heads is `n_head`, what `export` noted, or GPT-2's for
+        its width. ValueError says what does not fit.
         """
         state = load_checkpoint(name_or_path)
         foreign = f"{name_or_path} is not a GPT-2 checkpoint, as the model.pt of train.py --export is one"
         if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in state.items()):
             raise ValueError(f"{foreign}: it is no dict of named tensors")
-        n_head = n_head or getattr(state, "n_head", None)
-        state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+        noted = getattr(state, "n_head", None)
+        state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()
+                 if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask
         head = state.pop("lm_head.weight", None)
-        for name in [name for name in state if name.endswith((".attn.bias", ".attn.masked_bias"))]:
-            del state[name]  # the causal mask
-        for name, dims in {"wte.weight": 2, "wpe.weight": 2, "h.0.ln_1.weight": 1}.items():
-            if name not in state or state[name].dim() != dims:
-                raise ValueError(f"{foreign}: it has no {name} of {dims} dimensions")
+        for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
+            if name not in state or state[name].dim() != 2:
+                raise ValueError(f"{foreign}: it has no {name} of 2 dimensions")
+        for name, x in state.items():
+            if x.layout != torch.strided or x.is_meta or not x.is_floating_point() or not x.isfinite().all():
+                raise ValueError(f"{name_or_path}: {name} is not finite, or not of dense floating-point numbers")
         if head is not None and not torch.equal(head.float(), state["wte.weight"].float()):
-            raise ValueError(f"{name_or_path}: lm_head.weight differs from wte.weight, and this GPT has one weight for "
-                             "both")
+            raise ValueError(f"{name_or_path}: lm_head.weight is not wte.weight, and this GPT has one weight for both")
         (vocab_size, n_embd), block_size = state["wte.weight"].shape, len(state["wpe.weight"])
-        layers = {name.split(".")[1] for name in state if name.startswith("h.")}
-        n_layer = 1 + max(int(layer) for layer in layers if layer.isdigit())
-        config = GPTConfig(block_size, vocab_size, n_layer, n_head or max(1, n_embd // 64), n_embd, dropout)
+        n_head = n_head or (noted if type(noted) is int else {768: 12, 1024: 16, 1280: 20, 1600: 25}.get(n_embd))
+        if n_head is None:
+            raise ValueError(f"{name_or_path} does not say how many attention heads it has: give n_head")
+        n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})
         with torch.device("meta"):  # shapes only: random weights would be replaced at once
-            model = cls(config)
-        state = {name: tensor.T if is_transposed(name) else tensor for name, tensor in state.items()}
-        state = {name: tensor.float().contiguous() for name, tensor in state.items()}
-        expected = model.state_dict()
+            model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout))
+        state, expected = {name: as_linear(name, tensor) for name, tensor in state.items()}, model.state_dict()
         for name in sorted(state.keys() | expected.keys()):
             ours, theirs = (tuple(d[name].shape) if name in d else "absent" for d in (expected, state))
             if ours != theirs:
-                raise ValueError(f"{name_or_path}: {name} is {theirs} in the file, and {ours} in a GPT of its "
-                                 "configuration")
-            if not state[name].isfinite().all():
-                raise ValueError(f"{name_or_path}: {name} is not finite: the training it is from diverged")
-        model.load_state_dict(state, assign=True)
+                raise ValueError(f"{name_or_path}: {name} is {theirs} in the file, and {ours} in a GPT like that")
+        model.load_state_dict({name: tensor.float().contiguous() for name, tensor in state.items()}, assign=True)
         return model.train()
 
-    def export(self, path: str):
-        """Write the weights in GPT-2's format, for `from_pretrained` and transformers' GPT2LMHeadModel. Merge adapters
-        first.
+    def export(self, path):
+        """Write the weights, without adapters, to a path or an open file, in GPT-2's format, for `from_pretrained` and
+        transformers' GPT2LMHeadModel.
         """
-        state = self.state_dict()
         with torch.device("meta"):
-            unknown = state.keys() - GPT(self.config).state_dict().keys()
+            unknown = self.state_dict().keys() - GPT(self.config).state_dict().keys()
         if unknown:
             raise ValueError(f"GPT-2's format has no place for {min(unknown)}: merge the adapters first")
-        state = OrderedDict((name, tensor.T.contiguous() if is_transposed(name) else tensor)
-                            for name, tensor in state.items())
+        state = OrderedDict((name, as_linear(name, tensor).contiguous()) for name, tensor in self.state_dict().items())
         state.n_head = self.config.n_head  # travels as an attribute, which other readers do not see
-        try:
-            torch.save(state, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
-        finally:
-            if os.path.exists(f"{path}.tmp"):
-                os.unlink(f"{path}.tmp")
+        torch.save(state, path)
 
 
-def is_transposed(name):
-    """Whether GPT-2's checkpoints hold this weight as (in_features, out_features)."""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+def as_linear(name, tensor):
+    """GPT-2's checkpoints hold these weights as (in_features, out_features), nn.Linear transposed: there and back."""
+    return tensor.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
 
 
 def load_checkpoint(name_or_path):
     """The state dict in a local file, or of a published GPT-2, which is downloaded once into torch.hub's folder."""
     published = [name for name in PRESETS if name.startswith("gpt2")]
-    if not os.path.isfile(name_or_path) and name_or_path not in published:
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", f"{name_or_path}.bin")
+    if os.path.isfile(name_or_path):
+        return load_file(name_or_path)
+    if name_or_path not in published:
         raise ValueError(f"{name_or_path!r} is neither a file nor one of {', '.join(published)}")
-    file = f"{name_or_path}.bin"
-    path = name_or_path if os.path.isfile(name_or_path) else os.path.join(torch.hub.get_dir(), "checkpoints", file)
-    try:
-        if path == name_or_path:
-            return torch.load(path, map_location="cpu", weights_only=True)
+    if not os.path.isfile(path):
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # Hugging Face's own variable, for mirrors
         url = f"{host}/openai-community/{name_or_path}/resolve/main/pytorch_model.bin"
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file, weights_only=True)
-    except Exception as error:  # of the network; or whatever torch.load meets in bytes that torch.save did not write
-        if os.path.isfile(path):
-            raise ValueError(f"{path} is damaged or was not written by torch.save ({type(error).__name__}): delete or "
-                             "replace it") from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{name_or_path} cannot be downloaded ({reason}): get the file elsewhere and give its "
-                         "path") from error
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path)
+        except OSError as error:
+            raise ValueError(f"{name_or_path} cannot be downloaded ({error}): give the path of a copy") from error
+    return load_file(path)
+
+
+def load_file(path, device="cpu"):
+    """The tensors and plain data that torch.save wrote to a file. ValueError for any other file, or a damaged one."""
+    try:
+        if zipfile.is_zipfile(path) and (record := zipfile.ZipFile(path).testzip()):  # torch.load has no checksums
+            raise ValueError(f"the checksum of {record} is wrong")
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # whatever torch.load meets in bytes that torch.save did not write
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:100]
+        raise ValueError(f"{path} is damaged, or not tensors and plain data from torch.save ({reason})") from error

@@ -1,451 +1,109 @@
 """Train a GPT in full, with LoRA and its relatives, or with MoRA and ReMoRA, in one plain loop.
 
-    python train.py                             the demo: memorize UUID pairs on a laptop, in minutes, no download
+    python train.py                           the demo: memorize UUID pairs on a laptop, in minutes, no data to download
     python train.py uuid --methods lora mora --operator sharing rotation --rank 2 8 --seed 0 1 2
     python train.py c4 --methods full relora remora --groups cycle random
-    python train.py text --data articles.jsonl --init gpt2 --methods full lora mora
     torchrun --standalone --nproc_per_node=8 train.py c4 ...
-    python train.py -h                          every option
+    python train.py uuid -h                   every option of a task, with its default there
 
-From top to bottom: settings, command line, device and processes, tasks, base model, optimizer, the loop, files, runs,
-results.
+First what is measured, the base, the method in training and the loop; then what any training script has.
 """
 
 import argparse
 import collections
 import contextlib
 import copy
-import csv
-import datetime
-import functools
+import dataclasses
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import re
 import signal
-import statistics
 import sys
-import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # torch takes seconds to import: Ctrl-C is no error then
 
 import torch
 import torch.distributed as dist
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import data
 import mora
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, PRESETS, GPTConfig, load_file
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: what an option is when it is not given
+# ---- What is measured. What there is to learn, and how it becomes batches, is in data.py -----------------------------
+@torch.no_grad()
+def evaluate(model, dataset):
+    """A model's metrics on the validation rows of a data set. FloatingPointError if the loss is not finite.
 
-METHODS = ("full", *mora.METHODS)
-PROCESS, PROCESSES = (int(text) if text.isdecimal() else 0  # as torchrun sets them; `check` refuses the rest
-                      for text in (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")))
-
-# Peak learning rates for --init demo, scratch, and given weights. The first two are the best of the README's sweeps,
-# except relora's first and the second of lora+, asylora and dora, which are lora's or a neighbour's. For given weights
-# nothing was swept: these are within what the paper searched for LLaMA-2 7B.
-LEARNING_RATES = {
-    "full": (2e-3, 1e-2, 3e-5),
-    "lora": (2e-2, 3e-3, 2e-4),
-    "lora+": (5e-3, 1e-3, 2e-4),
-    "asylora": (5e-2, 3e-3, 2e-4),
-    "dora": (2e-2, 3e-3, 2e-4),
-    "relora": (2e-2, 3e-3, 2e-4),
-    "mora truncation": (5e-2, 3e-2, 2e-4),
-    "mora sharing": (1e-2, 1e-2, 5e-5),
-    "mora decoupling": (5e-2, 3e-2, 2e-4),
-    "mora rotation": (5e-2, 3e-2, 3e-4),
-}
-
-
-def own_rate(method, operator, init):
-    """The peak learning rate of a method. An operator that is not in the table starts from rotation's."""
-    name = f"mora {operator}" if operator else method
-    return LEARNING_RATES.get(name, LEARNING_RATES["mora rotation"])[{"demo": 0, "scratch": 1}.get(init, 2)]
-
-
-DEMO_SIZE = PRESETS["demo"]
-DEMO_BASE = dict(text_size=4_000_000, seed=0, max_steps=300, batch_size=32, learning_rate=3e-3, schedule="linear",
-                 warmup_steps=20, weight_decay=0.0, grad_clip=1.0)
-TASKS = {
-    "uuid": dict(methods=["full", "lora", "mora"], rank=[2], operator=["rotation"], init="demo", max_steps=500,
-                 schedule="linear"),
-    "c4": dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], operator=["sharing"], init="scratch",
-               max_steps=600, schedule="cosine"),
-    "text": dict(methods=["mora"], rank=[8], operator=["rotation"], init="scratch", max_steps=1000, schedule="cosine"),
-    "pairs": dict(methods=["mora"], rank=[8], operator=["rotation"], init="scratch", max_steps=1000, schedule="cosine"),
-}
-OPTIONS_OF_TASKS = {"n_pairs": ["uuid"], "c4_url": ["c4"], "shards": ["c4"], "data": ["text", "pairs"],
-                    "val_data": ["text", "pairs"], "old_data": ["c4", "text"], "val_tokens": ["c4", "text"]}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"train.py: error: {message} (python train.py -h explains every option)\n")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def number(kind, minimum, maximum=1_000_000_000):
-    """The type of an option: an int or a float from `minimum` to `maximum`, past which most of what it sets overflows.
+    A token is right if it is the likeliest after the true ones before it, so a row with all targets right is what
+    greedy decoding would write: exact_match is the fraction of these, char_accuracy that of right hex digits.
     """
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number from {minimum} to "
-                                             f"{maximum:,}, not {text!r}")
-        return value
-    return convert
-
-
-def make_parser():
-    """The command line's options. None stands for a default that depends on the task or on other options."""
-    parser = Parser(usage=f"train.py [{' | '.join(TASKS)}] [options]", description=__doc__.split("\n")[0],
-                    formatter_class=HelpFormatter)
-    parser.add_argument("task", nargs="?", default="uuid", choices=TASKS,
-                        help="uuid: memorize pairs of random UUIDs. c4: pretrain on C4. text: pretrain on --data. "
-                        "pairs: learn the completions of --data's prompts")
-
-    several = "an option that takes several values makes a run of each combination"
-    add = parser.add_argument_group(f"method ({several})").add_argument
-    add("--methods", nargs="+", choices=METHODS, metavar="METHOD",
-        help=f"among {', '.join(METHODS)} (default: full lora mora for uuid, full lora relora mora remora for c4, else "
-        "mora)")
-    add("--rank", nargs="+", type=number(int, 1), metavar="R",
-        help="LoRA's rank; MoRA's matrix gets as many parameters (default: uuid 2, c4 4, else 8)")
-    add("--operator", nargs="+", choices=list(mora.OPERATORS), metavar="OP",
-        help=f"MoRA's, among {', '.join(mora.OPERATORS)} (default: sharing for c4, else rotation)")
-    add("--groups", nargs="+", choices=["strided", "contiguous", "random", "cycle"], metavar="HOW",
-        help="how sharing deals its groups: strided, contiguous, random, or cycle, the paper's for ReMoRA (default: "
-        "cycle for remora, else strided)")
-    add("--fold", action="store_true",
-        help="rotation and decoupling add what lies past the outputs instead of cutting it off")
-    add("--alpha", type=number(float, 0),
-        help="LoRA's alpha, whose update is scaled by alpha / rank (default: twice the rank)")
-    add("--rslora", action="store_true", help="scale LoRA's update by alpha / sqrt(rank)")
-    add("--lora_plus_ratio", type=number(float, 0), default=16.0, metavar="X",
-        help="B's learning rate in lora+, as a multiple of A's")
-    add("--dropout", type=number(float, 0, 1), default=0.0, metavar="P", help="dropout on the adapters' input")
-    add("--targets", nargs="+", metavar="LAYER", help="the linear layers to adapt, such as c_attn c_fc (default: all)")
-    add("--merge_every", type=number(int, 1), metavar="N",
-        help="steps between the merges of relora and remora (default: a fifth of max_steps)")
-    add("--restart_warmup", type=number(int, 0), metavar="N",
-        help="steps over which the learning rate rises again after a merge (default: a hundredth of max_steps)")
-    add("--full_warmup", type=number(int, 0), default=0, metavar="N",
-        help="steps in which all weights train, at the rate of full, before the adapters begin")
-
-    add = parser.add_argument_group("model and data").add_argument
-    add("--init", help="initial weights: demo (a small base, pretrained once), scratch, gpt2, gpt2-medium, gpt2-large, "
-        "gpt2-xl, or a file (default: demo for uuid, else scratch)")
-    add("--tokenizer", choices=list(data.TOKENIZERS),
-        help="default: the one that the initial weights were trained with; bytes for scratch")
-    for name, meaning, most in (("n_layer", "layers", 1000), ("n_head", "attention heads", 1000),
-                                ("n_embd", "width", 100_000)):
-        add(f"--{name}", type=number(int, 1, most), metavar="N",
-            help=f"{meaning} of a demo or scratch model (default: {DEMO_SIZE[name]})")
-    add("--block_size", type=number(int, 2), metavar="N",
-        help=f"longest sequence in tokens (default: {DEMO_SIZE['block_size']}, or what the weights allow)")
-    add("--n_pairs", type=number(int, 1, 10_000_000), default=32, metavar="N", help="pairs of UUIDs to memorize")
-    add("--data", nargs="+", metavar="FILE",
-        help="text: .txt, or JSON lines with a field text; pairs: JSON lines with prompt and completion; any of them "
-        "gzip'd")
-    add("--val_data", nargs="+", metavar="FILE",
-        help="held-out data (default: every 20th document or pair of --data)")
-    add("--old_data", nargs="+", metavar="FILE",
-        help="text on which the loss is reported as well, to see what was forgotten")
-    add("--val_tokens", type=number(int, 1), default=100_000, metavar="N",
-        help="how many tokens of the held-out text each evaluation reads")
-    add("--c4_url", default=data.C4_URL, metavar="URL",
-        help="where C4 is: http(s) or file, with the original's layout")
-    add("--shards", type=number(int, 1, 1024), default=1, metavar="N",
-        help="training shards of C4 to use, of about 350 MB each")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--seed", nargs="+", type=number(int, 0, 2**64 - 1), default=[0], metavar="N",
-        help="seed of the pairs, the batches and the adapters")
-    add("--max_steps", type=number(int, 1), metavar="N",
-        help="optimizer steps (default: 500 for uuid, 600 for c4, else 1000)")
-    add("--batch_size", type=number(int, 1, 1_000_000), metavar="N",
-        help="sequences a step, in all processes together (default: uuid 64 or all pairs, else 32)")
-    add("--accumulate", type=number(int, 1), default=1, metavar="N",
-        help="micro-batches that a batch is cut into, to save memory")
-    add("--learning_rate", nargs="+", type=number(float, 0), metavar="X",
-        help="peak learning rate (default: the method's own)")
-    add("--schedule", choices=["linear", "cosine", "constant"],
-        help="how the learning rate falls (default: linear for uuid, else cosine)")
-    add("--warmup_steps", type=number(int, 0), metavar="N",
-        help="steps over which it rises before (default: a tenth of max_steps)")
-    add("--weight_decay", type=number(float, 0), default=0.0, metavar="X", help="AdamW's weight decay")
-    add("--grad_clip", type=number(float, 0), default=1.0, metavar="X",
-        help="largest norm of the gradient; 0 is no limit")
-    add("--eval_every", type=number(int, 1), metavar="N",
-        help="steps between evaluations (default: a quarter of max_steps)")
-
-    add = parser.add_argument_group("running").add_argument
-    add("--out_dir", default="out", metavar="DIR", help="where every run gets its folder, and prepared data is kept")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of activations and products; weights stay float32")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the model (default: on CUDA, where it works)")
-    add("--resume", action="store_true",
-        help="continue the runs in out_dir where they stopped, and keep those that are done")
-    add("--spectrum", action="store_true",
-        help="show the singular values of the updates, and draw them if matplotlib is installed")
-    add("--export", action="store_true",
-        help="write every trained model, merged, in GPT-2's format to model.pt, for --init")
-    return parser
-
-
-def parse_args(argv=None):
-    """The settings as a namespace. Wrong ones end the program with one line and exit status 2."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for name, tasks in OPTIONS_OF_TASKS.items():
-        if args.task not in tasks and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} means nothing to the task {args.task}: it is for {' and '.join(tasks)}")
-    for name, value in TASKS[args.task].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.batch_size = args.batch_size or (min(64, args.n_pairs) if args.task == "uuid" else 32)
-    args.eval_every = args.eval_every or math.ceil(args.max_steps / 4)
-    args.warmup_steps = args.max_steps // 10 if args.warmup_steps is None else args.warmup_steps
-    args.merge_every = args.merge_every or math.ceil(args.max_steps / 5)
-    args.restart_warmup = args.max_steps // 100 if args.restart_warmup is None else args.restart_warmup
-    try:
-        check(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def check(args):
-    """ValueError for settings that are wrong together, each being right by itself."""
-    if PROCESS >= PROCESSES:
-        raise ValueError("the environment's RANK and WORLD_SIZE are not those of a process among several: unset them, "
-                         "or start with torchrun")
-    for name, values in vars(args).items():
-        if isinstance(values, list) and len(set(values)) < len(values):
-            raise ValueError(f"--{name} names something twice: {' '.join(map(str, values))}")
-    if args.init not in ("demo", "scratch"):
-        for name in ("n_layer", "n_head", "n_embd"):
-            if getattr(args, name):
-                raise ValueError(f"--{name} is for --init demo or scratch: {args.init} has its own")
-    if args.init == "demo" and args.tokenizer == "gpt2":
-        raise ValueError("--init demo reads bytes: --tokenizer gpt2 goes with --init gpt2 or scratch")
-    if args.task == "uuid" and args.batch_size > args.n_pairs:
-        raise ValueError(f"--batch_size {args.batch_size} exceeds the {args.n_pairs} pairs of --n_pairs")
-    if args.task == "uuid" or args.init == "demo":
-        check_context(args.block_size or DEMO_SIZE["block_size"], f"--block_size {args.block_size}")
-    if args.batch_size % (args.accumulate * PROCESSES):
-        raise ValueError(f"--batch_size {args.batch_size} cannot be cut into {args.accumulate} micro-batches for each "
-                         f"of {PROCESSES} processes")
-    if max(args.warmup_steps, args.full_warmup) >= args.max_steps:
-        raise ValueError(f"--warmup_steps and --full_warmup must leave something of --max_steps {args.max_steps}")
-    if args.restart_warmup >= args.merge_every and {"relora", "remora"} & set(args.methods):
-        raise ValueError(f"--restart_warmup {args.restart_warmup} must be below --merge_every {args.merge_every}")
-    if args.task in ("text", "pairs") and not args.data:
-        raise ValueError(f"the task {args.task} needs --data FILE")
-    for file in itertools.chain(*(files or [] for files in (args.data, args.val_data, args.old_data))):
-        if not os.path.isfile(file):
-            raise ValueError(f"{file!r} is not a file")
-    for name in ("fold", "groups"):
-        for operator in args.operator if getattr(args, name) else []:
-            if name not in mora.OPERATORS[operator].options:
-                raise ValueError(f"--{name} means nothing to the operator {operator}")
-
-
-def check_context(n, name):
-    """ValueError if n tokens, which `name` allows, are too few for a pair of UUIDs."""
-    if n < 2 * data.UUID_LENGTH:
-        raise ValueError(f"{name} is too short: a pair of UUIDs takes {2 * data.UUID_LENGTH} tokens")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Device and processes
-
-def say(text):
-    """Print, once for all processes."""
-    if PROCESS == 0:
-        print(text, flush=True)
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """What the first process prepares in this block, the others find when they enter it."""
-    if PROCESS and PROCESSES > 1:
-        dist.barrier()
-    yield
-    if not PROCESS and PROCESSES > 1:
-        dist.barrier()
-
-
-def choose_device(args):
-    """Settle args.device, dtype and compile; -> a line that says what was chosen, and why."""
-    why = why_dtype = "as asked"
-    if args.device == "auto":
-        args.device, why = ("cuda", why) if torch.cuda.is_available() else ("cpu", "no CUDA device was found")
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.ones(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:  # torch gives the reason in its first sentence
-        reason = re.split(r"\. |\n", str(error))[0]
-        raise ValueError(f"--device {args.device} cannot be used ({reason}): --device cpu always can") from error
-    args.device_name = torch.device(args.device).type
-    on_cuda = args.device_name == "cuda"
-    if on_cuda:
-        torch.cuda.set_device(args.device)
-        args.device_name = why = torch.cuda.get_device_name(args.device)
-    if args.dtype == "auto":
-        if not on_cuda:
-            args.dtype, why_dtype = "float32", "mixed precision is for CUDA"
-        elif torch.cuda.is_bf16_supported(including_emulation=False):
-            args.dtype, why_dtype = "bfloat16", "mixed precision; weights stay float32"
-        else:
-            args.dtype, why_dtype = "float16", "mixed precision; the card has no bfloat16, so gradients are scaled"
-    compiled = "compiled" if args.compile else "not compiled"
-    if args.compile is None:
-        args.compile = on_cuda and can_compile(args.device)
-        compiled = "compiled" if args.compile else "not compiled" + " (torch.compile does not work here)" * on_cuda
-    return (f"device: {args.device} ({why}), {args.dtype} ({why_dtype}), {compiled}, "
-            f"torch {torch.__version__}" + (f", {PROCESSES} processes" if PROCESSES > 1 else ""))
-
-
-def can_compile(device):
-    """Whether torch.compile works on a device: on CUDA it takes Triton and a C compiler, which not everybody has."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-    except Exception:  # of any of the libraries that take part
-        return False
-    return True
-
-
-def connect(device):
-    """Let the processes that torchrun started find each other."""
-    patience = datetime.timedelta(hours=2)  # the first process may have data to prepare
-    try:
-        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=patience)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{PROCESSES} processes (WORLD_SIZE) cannot be connected: start them with torchrun, or unset "
-                         f"WORLD_SIZE ({str(error).splitlines()[0]})") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tasks: what is measured. `data` says what is learned.
-
-
-def uuid_metrics(model, pairs):
-    """The accuracy on the values' hex digits, as a fraction, and the fraction of values that are right as a whole.
-
-    A digit is right if it is the likeliest after the key and the true digits before it. Where all 32 are, greedy
-    decoding finds them from the key alone, so exact match means what it says; the accuracy of decoded values is lower,
-    as one wrong digit misleads the next.
-    """
-    right = []
-    for tokens in pairs.tokens.split(128):
-        answer = tokens[:, -data.UUID_LENGTH:]
-        right.append(model(tokens[:, :-1], answer)[0].argmax(-1) == answer)
-    right = torch.cat(right)  # (n_pairs, 36)
-    digits = right[:, data.HEX_POSITIONS]  # (n_pairs, 32)
-    return {"char_accuracy": digits.float().mean().item(), "exact_match": right.all(dim=1).float().mean().item()}
-
-
-def held_out(model, dataset):
-    """On the held-out rows: the mean loss in nats per target, and the fraction of rows in which every target is the
-    likeliest token.
-    """
-    loss, n_targets, right, n_rows = 0.0, 0, 0, 0
+    sums = collections.Counter()
     for idx, targets in dataset.validation():
-        (logits, mean), counts = model(idx, targets), targets != -100
-        loss += mean.item() * counts.sum().item()
-        n_targets += counts.sum().item()
-        right += ((logits.argmax(-1) == targets) | ~counts).all(dim=1).sum().item()
-        n_rows += len(targets)
-    return loss / n_targets, right / n_rows
+        logits, loss = model(idx, targets)
+        counted = targets != -100
+        right = (logits.argmax(-1) == targets) | ~counted  # (rows, length)
+        sums["targets"] += counted.sum().item()
+        sums["loss"] += counted.sum().item() * loss.item()
+        sums["rows"] += len(targets)
+        sums["exact"] += right.all(dim=1).sum().item()
+        if "char_accuracy" in dataset.metrics:
+            sums["char"] += right[:, data.HEX_POSITIONS].float().mean(dim=1).sum().item()
+    loss = sums["loss"] / sums["targets"]
+    if not math.isfinite(loss):
+        raise FloatingPointError("the loss is not finite: try a lower --learning_rate")
+    metrics = {"char_accuracy": sums["char"] / sums["rows"], "exact_match": sums["exact"] / sums["rows"],
+               "val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    old_text = getattr(dataset, "old_text", None)  # of which it is measured how much was forgotten
+    return {name: metrics[name] for name in dataset.metrics} | (
+        {"old_loss": evaluate(model, old_text)["val_loss"]} if old_text else {})
 
 
-def held_out_metrics(model, dataset, old_text=None):
-    """Loss and perplexity on the held-out rows; for pairs, the fraction of completions that greedy decoding would get
-    right; and the loss on a text learned earlier, if there is one.
-    """
-    loss, right = held_out(model, dataset)
-    metrics = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
-    if isinstance(dataset, data.PromptPairs):
-        metrics["exact_match"] = right
-    if old_text:
-        metrics["old_loss"], _ = held_out(model, old_text)
-    return metrics
-
-
-def load_task(config, tokenizer, context):
-    """-> the data set to learn, and the function that measures a model on it. `context` is the model's, in tokens."""
+def load_dataset(config, tokenizer, context):
+    """The data set of the task, for a model with a context of so many tokens."""
+    common = dict(batch_size=config.batch_size, seed=config.seed, device=config.device)
     if config.task == "uuid":
-        dataset = data.UUIDPairs(config.n_pairs, tokenizer, config.batch_size, config.seed, config.device)
-        return dataset, functools.partial(uuid_metrics, pairs=dataset)
-    block_size = config.block_size or context
-    common = dict(block_size=block_size, batch_size=config.batch_size, seed=config.seed, device=config.device)
+        return data.UUIDPairs(config.n_pairs, tokenizer, **common)
+    common["block_size"] = config.block_size or context
     if config.task == "pairs":
         dataset = data.PromptPairs(*data.prompt_pairs(config.data, config.val_data), tokenizer, **common)
-        say(f"{len(dataset.train):,} pairs to learn, {len(dataset.val):,} held out; {dataset.cut} cut to {block_size} "
-            f"tokens, {dataset.dropped} too long to use")
-        return dataset, functools.partial(held_out_metrics, dataset=dataset)
-    folder, old_text = Path(config.out_dir, "data"), None
-    with first_process_first():
-        files = (data.c4_tokens(config.c4_url, config.shards, tokenizer, folder) if config.task == "c4" else
-                 data.text_tokens(config.data, config.val_data, tokenizer, folder))
-        if config.old_data:
-            old = data.token_file(data.Documents(config.old_data), tokenizer, folder)
-            old_text = data.Text([old], old, val_tokens=config.val_tokens, **common)
-    text = data.Text(*files, val_tokens=config.val_tokens, **common)
-    measured = min(len(text.val) - 1, config.val_tokens)
-    say(f"{sum(map(len, text.train)):,} tokens to learn from, {measured:,} to measure on")
-    return text, functools.partial(held_out_metrics, dataset=text, old_text=old_text)
+        say(f"{len(dataset.train):,} pairs to learn, {len(dataset.val):,} held out; {dataset.cut} cut to "
+            f"{common['block_size']} tokens, {dataset.dropped} dropped since too long")
+        return dataset
+    with rank_0_first():
+        train, val = (data.c4_tokens(config.c4_url, config.shards, tokenizer, config.cache_dir) if config.task == "c4"
+                      else data.text_tokens(config.data, config.val_data, tokenizer, config.cache_dir))
+        old = data.token_files(config.old_data, tokenizer, config.cache_dir) if config.old_data else None
+    dataset = data.Text(train, val, **common)
+    dataset.old_text = data.Text(old, *old, **common) if old else None
+    say(f"{sum(map(len, dataset.train)):,} tokens to learn from, {len(dataset.val):,} held out")
+    return dataset
 
 
-def summary(rows):
-    """What the last table says of a run: for UUIDs the accuracy in % at four moments, as in the paper's Table 2."""
-    last = rows[-1]
-    if "char_accuracy" in last:
-        moments = [rows[math.ceil(len(rows) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
-        columns = {f"step {row['step']}": 100 * row["char_accuracy"] for row in moments}
-        return columns | {"exact": 100 * last["exact_match"]}
-    columns = {name.replace("_", " "): last[name] for name in ("val_loss", "perplexity", "old_loss") if name in last}
-    return columns | ({"exact": 100 * last["exact_match"]} if "exact_match" in last else {})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The base model
+# ---- The base: the model that every run starts from ------------------------------------------------------------------
+DEMO_BASE = dict(max_steps=300, batch_size=32, learning_rate=3e-3, schedule="linear", warmup_steps=20, eval_every=75)
+DEMO_TEXT = 4_000_000  # characters of Python's standard library; half of the base's rows are random pairs
 
 
 def load_base(args):
     """The model that every run starts from, and its tokenizer."""
-    if args.init == "demo":
-        return demo_base(args)
-    if args.init == "scratch":
+    if args.init in ("demo", "scratch"):
         tokenizer = data.get_tokenizer(args.tokenizer or "bytes")
+        size = {name: getattr(args, name, None) or value for name, value in PRESETS["demo"].items()}
+        config = GPTConfig(**size | {"vocab_size": tokenizer.n_vocab})
         torch.manual_seed(0)
-        return GPT(GPTConfig(**size_of(args) | {"vocab_size": tokenizer.n_vocab})), tokenizer
-    with first_process_first():
-        model = GPT.from_pretrained(args.init)
+        return GPT(config) if args.init == "scratch" else demo_base(args, config, tokenizer), tokenizer
+    with rank_0_first():
+        model = GPT.from_pretrained(args.init, args.n_head)
     known = model.config.vocab_size
     name = args.tokenizer or ("bytes" if known == data.TOKENIZERS["bytes"] else "gpt2")
     if data.TOKENIZERS[name] > known:
@@ -453,88 +111,82 @@ def load_base(args):
     return model, data.get_tokenizer(name)
 
 
-def size_of(args):
-    """The size of a demo or scratch model, as arguments of GPTConfig."""
-    return {name: getattr(args, name, None) or value for name, value in DEMO_SIZE.items()}
-
-
-def demo_base(args):
-    """The demo's base and its tokenizer; if out_dir does not hold the base, it is pretrained first."""
-    size, tokenizer = size_of(args), data.get_tokenizer("bytes")
-    identity = json.dumps([size, DEMO_BASE, args.dtype, sys.version_info[:2]])  # each Python has another library
+def demo_base(args, gpt_config, tokenizer):
+    """A small GPT that knows text and what pairs look like. It is pretrained once for each out_dir and size."""
+    identity = repr((gpt_config, DEMO_BASE, DEMO_TEXT, args.dtype, sys.version_info[:2]))  # whose library differs
     folder = Path(args.out_dir, f"base-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
     if not (folder / "model.pt").exists():
-        fixed = dict(method="full", accumulate=1, full_warmup=0, eval_every=DEMO_BASE["max_steps"] // 4)
         machine = {name: getattr(args, name) for name in ("device", "dtype", "compile", "resume")}
-        config = argparse.Namespace(**DEMO_BASE, **fixed, **machine)
-        torch.manual_seed(config.seed)
-        model = GPT(GPTConfig(**size)).to(config.device)
+        config = Config(method="full", **DEMO_BASE, **machine)
+        model = GPT(gpt_config).to(config.device)
         mora.find_targets(model, args.targets)  # a wrong name is found before the work
-        say("pretraining the demo's base, once: half Python's standard library, half random pairs")
-        text = data.DemoText(config.text_size, tokenizer, config.batch_size, config.seed, config.device)
-        train(model, text, lambda model: {"loss_on_new_rows": model(*text.batch(-1))[1].item()}, config, folder)
+        say("pretraining the demo's base, once, on Python's standard library and random pairs")
+        train(model, data.DemoText(DEMO_TEXT, tokenizer, config.batch_size, 0, config.device), config, folder)
         write(folder / "model.pt", model.export)
     say(f"base: {folder / 'model.pt'}")
-    with first_process_first():
-        return GPT.from_pretrained(str(folder / "model.pt")), tokenizer
+    with rank_0_first():
+        return GPT.from_pretrained(str(folder / "model.pt"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer
+# ---- The method in training: what trains, at which rate, and when it is merged and reset -----------------------------
+def adapt(model, config):
+    """Add the adapters that the settings ask for. From scratch, only linear layers can stay frozen at random values:
+    norms, embeddings and head train in every method.
+    """
+    if config.method == "full":
+        return model
+    options = {"groups": config.groups} if config.groups else {"fold": True} if config.fold else {}
+    options |= {} if config.operator else {"alpha": config.alpha, "rslora": config.rslora}
+    options["dropout"] = config.dropout
+    mora.add_adapters(model, config.method, config.rank, config.operator, config.targets, **options)
+    if config.init == "scratch":
+        for module in model.modules():
+            if not isinstance(module, (torch.nn.Linear, mora.Adapter)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(True)
+    return model
 
 
 def make_optimizer(model, config):
-    """AdamW on what trains. The learning rate of a group is the schedule's times its `multiple`: 1, but for B in LoRA+.
-    """
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    fast = [name for name in trainable if config.method == "lora+" and name.endswith(".B")]
-    groups = [{"params": [trainable[name] for name in trainable if name not in fast], "multiple": 1.0}]
-    if fast:
-        groups.append({"params": [trainable[name] for name in fast], "multiple": config.lora_plus_ratio})
-    fused = torch.device(config.device).type == "cuda"
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=fused)
+    """AdamW on what trains. B in LoRA+, and what is in no adapter, have peak learning rates of their own."""
+    adapters = {parameter for module in model.modules() if isinstance(module, mora.Adapter)
+                for parameter in module.parameters()}
+    groups = {}
+    for name, parameter in model.named_parameters():
+        rate = config.learning_rate
+        if config.method == "lora+" and name.endswith(".B"):
+            rate *= config.lora_plus_ratio
+        elif config.method != "full" and parameter not in adapters:
+            rate = rate if config.other_learning_rate is None else config.other_learning_rate
+        if parameter.requires_grad:
+            groups.setdefault(rate, []).append(parameter)
+    return torch.optim.AdamW([{"params": parameters, "peak": rate} for rate, parameters in groups.items()], lr=0.0,
+                             weight_decay=config.weight_decay, fused=torch.device(config.device).type == "cuda")
 
 
-def merges_after(step, config):  # exercise 16
-    """Whether adapters are merged and reset after this step: every `merge_every` steps in ReLoRA and ReMoRA, but not
-    after the last.
-    """
-    restarts = config.method in ("relora", "remora")
-    return restarts and (step + 1) % config.merge_every == 0 and step + 1 < config.max_steps
+def restarts_before(step, config):  # exercise 18
+    """Whether adapters are merged and reset before this step: every `merge_every` steps, in ReLoRA and ReMoRA."""
+    return bool(config.merge_every) and step > config.full_warmup and step % config.merge_every == 0
 
 
-def restart(model, optimizer, generator):  # exercise 13
-    """Merge the adapters and start them anew, and the optimizer's memory of them too: it belongs to what was merged."""
-    mora.merge_and_reset(model, generator)
-    for adapter in mora.find_adapters(model).values():
-        for parameter in adapter.parameters():
-            optimizer.state.pop(parameter, None)
+def schedule(step, config):  # exercise 18
+    """The learning rate of a step, as a fraction of its peak: linear warm-up to 1, then the fall, to 0 at `max_steps`.
 
-
-def learning_rate(step, config):  # exercise 16
-    """Linear warm-up to the peak, then the schedule's fall, which would reach 0 at `max_steps`.
-
-    Where adapters start anew, after a merge or a full-rank warm-up, the rate rises once more, over `restart_warmup`
-    steps from 0 back onto that curve: ReLoRA's jagged schedule.
+    Where adapters restart, after a merge or a full-rank warm-up, the rate rises once more, over `restart_warmup` steps
+    from 0 back onto that curve: ReLoRA's jagged schedule.
     """
     progress = max(0.0, (step - config.warmup_steps) / (config.max_steps - config.warmup_steps))
     fall = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[config.schedule]
     rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    restarted = config.full_warmup if config.method != "full" else 0
-    if config.method in ("relora", "remora"):
-        restarted = max(restarted, step // config.merge_every * config.merge_every)
-    if restarted:
-        rise = min(rise, (step - restarted + 1) / max(1, config.restart_warmup))
-    return config.learning_rate * rise * fall
+    last_restart = max(config.full_warmup, step // config.merge_every * config.merge_every if config.merge_every else 0)
+    if last_restart and config.method != "full":
+        rise = min(rise, (step - last_restart + 1) / max(1, config.restart_warmup))
+    return rise * fall
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
-
-
+# ---- The loop --------------------------------------------------------------------------------------------------------
 class Loss(torch.nn.Module):
-    """A model's loss alone. Logits that leave what is compiled would get a gradient there: zeros, as many as they are.
-    """
+    """A model's loss alone. If the compiled model returned the logits too, they would get a gradient, of zeros."""
 
     def __init__(self, model):
         super().__init__()
@@ -545,40 +197,45 @@ class Loss(torch.nn.Module):
 
 
 def autocast(config):
-    """Mixed precision, where the settings ask for it."""
-    enabled = config.dtype != "float32"
-    return torch.autocast(torch.device(config.device).type, getattr(torch, config.dtype), enabled=enabled)
+    return torch.autocast(torch.device(config.device).type, getattr(torch, config.dtype), config.dtype != "float32")
 
 
-def train(model, dataset, evaluate, config, folder, first=0, last=None):
-    """Train `model` in place from step `first` to `last`; -> the rows of folder/metrics.csv, one an evaluation."""
+def train(model, dataset, config, folder, first=0, last=None):
+    """Train `model` in place from step `first` to `last`; -> the rows of folder/metrics.csv, one per evaluation, and
+    how many seconds it took, those before it was resumed included.
+    """
     last = last or config.max_steps
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
     optimizer = make_optimizer(model, config)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    torch.compiler.reset()  # what was compiled for an earlier run serves no other, and its place is limited
+    torch.compiler.reset()  # its cache is small, and earlier runs' code cannot be reused
     network = torch.compile(Loss(model)) if config.compile else Loss(model)
-    rows, losses = [], []
+    rows, losses, seconds_before = [], [], 0.0
     if config.resume and (folder / "checkpoint.pt").exists():
-        first, rows, losses = load_checkpoint(folder / "checkpoint.pt", config, model, optimizer, scaler)
+        first, rows, losses, seconds_before = load_checkpoint(folder, config, model, optimizer, scaler)
         say(f"resumed after step {first}")
-    if PROCESSES > 1:
+    if WORLD_SIZE > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
 
-    tokens = lap = begin = 0
-    with interrupts() as interrupted:
+    tokens, start = 0, time.perf_counter()
+    on_signals(request_stop)
+    try:
         for step in range(first, last):
-            # Whatever is random in a step follows from (seed, step), so that a resumed run draws what an uninterrupted
-            # one draws
-            torch.manual_seed(data.seeded("step", config.seed, step, PROCESS).initial_seed())
-            idx, targets = dataset.batch(step)
-            rate = learning_rate(step, config)
+            # All randomness in a step is a function of (seed, step), so a resumed run repeats it exactly
+            torch.manual_seed(data.seeded("step", config.seed, step, RANK).initial_seed())
+
+            # Merge
+            if restarts_before(step, config):
+                mora.merge_and_reset(model, optimizer, data.seeded("merge", config.seed, step))
+
+            # Learning rate
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["multiple"]
+                group["lr"] = group["peak"] * schedule(step, config)
 
             # Forward and backward
+            idx, targets = dataset.batch(step)
             model.train()
-            losses.append(backward(network, idx, targets, config, scaler))
+            losses.append(forward_backward(network, idx, targets, config, scaler))
             tokens += idx.numel()
 
             # Clip and step
@@ -588,563 +245,550 @@ def train(model, dataset, evaluate, config, folder, first=0, last=None):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-            if step == first:  # the clock starts after the step that compiles
-                losses[-1].item()
-                tokens, lap, begin = 0, time.perf_counter(), time.perf_counter()
-
-            # Merge
-            if merges_after(step, config):
-                restart(model, optimizer, data.seeded("merge", config.seed, step + 1))
-
             # Evaluate, save, report
-            if (step + 1) % config.eval_every == 0 or step + 1 == last:
-                loss, speed = mean_loss(losses, step, folder), tokens / (time.perf_counter() - lap)
-                with torch.no_grad(), autocast(config):
-                    metrics = evaluate(model.eval())
-                rows.append(dict(step=step + 1, loss=loss, learning_rate=rate, tokens_per_second=speed, **metrics))
+            if step == first:  # it may compile, so it does not count in the speed
+                losses[-1].item()
+                tokens, timer = 0, time.perf_counter()
+            evaluates = (step + 1) % config.eval_every == 0 or step + 1 == last
+            if evaluates:
+                loss, speed = torch.stack(losses).mean().item(), tokens / (time.perf_counter() - timer)
+                with autocast(config):
+                    metrics = evaluate(model.eval(), dataset)
+                rows.append(dict(step=step + 1, loss=loss, learning_rate=config.learning_rate * schedule(step, config),
+                                 tokens_per_second=speed, **metrics))
                 losses = []
-                save_checkpoint(folder, step + 1, rows, losses, config, model, optimizer, scaler)
-                left = (time.perf_counter() - begin) / max(1, step - first) * (last - step - 1)
-                width = len(str(config.max_steps))
-                say(f"step {step + 1:{width}}/{config.max_steps}  loss {loss:.4f}  {format_metrics(metrics)}  "
-                    f"{speed:,.0f} tokens/s  {left:.0f} s left")
-                tokens, lap = 0, time.perf_counter()
-            if in_any_process(interrupted):
-                save_checkpoint(folder, step + 1, rows, losses, config, model, optimizer, scaler)
+                left = (time.perf_counter() - start) / (step + 1 - first) * (last - step - 1)
+                say(f"step {step + 1:{len(str(config.max_steps))}}/{config.max_steps}  loss {loss:.4f}  "
+                    f"{format_metrics(metrics)}  {speed:,.0f} tokens/s  {left:.0f} s left")
+                tokens, timer = 0, time.perf_counter()
+            stopping = stop_requested()
+            if evaluates or stopping:
+                seconds = seconds_before + time.perf_counter() - start
+                save_checkpoint(folder, step + 1, rows, losses, seconds, config, model, optimizer, scaler)
+            if stopping:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}, which is saved: the same command with "
-                                        "--resume goes on from there")
-    return rows
+                                        "--resume continues from there")
+    finally:
+        on_signals(signal.default_int_handler)
+    return rows, seconds_before + time.perf_counter() - start
 
 
-def backward(network, idx, targets, config, scaler):
-    """Forward and backward of a batch, in micro-batches; -> its mean loss.
-
-    A micro-batch counts by its share of the targets, so the gradient is that of the whole batch, however it is cut; DDP
-    averages over processes, hence the factor PROCESSES.
+def forward_backward(network, idx, targets, config, scaler):
+    """Forward and backward of a batch, in micro-batches; -> its mean loss. A micro-batch counts by its share of the
+    targets, so the gradient is that of the whole batch. DDP averages over processes, hence the factor WORLD_SIZE.
     """
     n_targets = (targets != -100).sum()
-    own = slice(PROCESS, None, PROCESSES)  # of the batch's rows
-    parts = list(zip(idx[own].chunk(config.accumulate), targets[own].chunk(config.accumulate)))
-    loss = 0.0
-    for i, (part, part_targets) in enumerate(parts):
-        with contextlib.nullcontext() if PROCESSES == 1 or i == len(parts) - 1 else network.no_sync():
+    mine = slice(RANK, None, WORLD_SIZE)  # of the batch's rows
+    micro_batches = list(zip(idx[mine].chunk(config.accumulate), targets[mine].chunk(config.accumulate)))
+    total = 0.0
+    for i, (idx, targets) in enumerate(micro_batches):
+        synchronize = WORLD_SIZE == 1 or i == len(micro_batches) - 1
+        with contextlib.nullcontext() if synchronize else network.no_sync():
             with autocast(config):
-                part_loss = network(part, part_targets) * (part_targets != -100).sum() / n_targets
-            scaler.scale(part_loss * PROCESSES).backward()
-        loss += part_loss.detach()
-    if PROCESSES > 1:
-        dist.all_reduce(loss)
-    return loss
-
-
-class Diverged(ValueError):
-    """The loss is not finite."""
-
-
-def mean_loss(losses, step, folder):
-    """The mean of the last steps' losses, the last one being that of `step`. Diverged if one is not finite."""
-    losses = torch.stack(losses)
-    bad = (~losses.isfinite()).nonzero().flatten()
-    if len(bad):
-        i = int(bad[0])
-        checkpoint = folder / "checkpoint.pt"
-        saved = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved before"
-        raise Diverged(f"{folder}: the loss is {losses[i]:g} at step {step - len(losses) + i + 2}: try a lower "
-                       f"--learning_rate; {saved}")
-    return losses.mean().item()
+                loss = network(idx, targets) * (targets != -100).sum() / n_targets
+            scaler.scale(loss * WORLD_SIZE).backward()
+        total += loss.detach()
+    if WORLD_SIZE > 1:
+        dist.all_reduce(total)
+    return total
 
 
 def format_metrics(metrics):
-    """Metrics as people read them."""
     forms = {"char_accuracy": ".1%", "exact_match": ".1%"}
     return "  ".join(f"{name.replace('_', ' ')} {value:{forms.get(name, '.4f')}}" for name, value in metrics.items())
 
 
-@contextlib.contextmanager
-def interrupts():
-    """In this block SIGINT and SIGTERM only fill the list that it gives, so that a step can end; a second signal does
-    not wait.
-    """
-    received = []
+# ==== A learner may stop here: this was the method. The rest is for whoever runs it ===================================
+METHODS, GROUPS = ("full", *mora.METHODS), ("strided", "contiguous", "random", "cycle")
+FLAGS = {"method": "methods"}  # options that are called otherwise than their settings
 
-    def note(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        if PROCESS == 0:  # print may be busy
-            os.write(2, b"\ntrain.py: stopping when this step is saved; once more stops at once\n")
+# Peak learning rates for --init demo at r = 2, for scratch at r = 4, from sweeps here, and for given weights at r = 8,
+# within what the paper searched for 7B. Those of adapters fall as 1 / sqrt(r), as sweeps at r = 2 and 8 suggest.
+LEARNING_RATES = {
+    "full": (2e-3, 1e-2, 3e-5), "lora": (2e-2, 3e-3, 2e-4), "lora+": (5e-3, 1e-3, 2e-4), "asylora": (5e-2, 3e-3, 2e-4),
+    "dora": (2e-2, 3e-3, 2e-4), "relora": (2e-2, 3e-3, 2e-4), "truncation": (5e-2, 3e-2, 3e-4),
+    "sharing": (1e-2, 1e-2, 3e-4), "decoupling": (3e-2, 3e-2, 3e-4), "rotation": (3e-2, 3e-2, 3e-4),
+}
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+def default_learning_rate(method, operator, init, rank):
+    """The peak learning rate of a method. An operator that is not in the table has rotation's."""
+    i = {"demo": 0, "scratch": 1}.get(init, 2)
+    rate = LEARNING_RATES.get(operator or method, LEARNING_RATES["rotation"])[i]
+    return rate if method == "full" else float(f"{rate * math.sqrt((2, 4, 8)[i] / rank):.2g}")
+
+
+# ---- Options. Each setting of a run is a field of Config and an option of that name ----------------------------------
+def option(default, help, **how):
+    """`several` values make a run of each; `tasks` have the option; a number is from `least` to `most`."""
+    return dataclasses.field(default=default, metadata={"help": help, **how})
+
+
+@dataclasses.dataclass
+class Config:
+    """The settings of a run."""
+    task: str = "uuid"
+    method: str = option("mora", "how to train", several=True, choices=METHODS)
+    rank: int = option(8, "LoRA's rank; MoRA's matrix gets at most as many parameters", several=True)
+    operator: str = option(None, "MoRA's (default: rotation; sharing for remora)", several=True, choices=mora.OPERATORS)
+    groups: str = option(None, "sharing's (default: strided; cycle for remora)", several=True, choices=GROUPS)
+    fold: bool = option(False, "let decoupling and rotation add what lies past the outputs instead of cutting it off")
+    fast: bool = option(True, "MoRA's layers in one product; --no-fast: as Eq. 2 stands, where breakpoints stop")
+    alpha: float = option(None, "LoRA's update is scaled by alpha / rank (default: twice the rank)")
+    rslora: bool = option(False, "scale LoRA's update by alpha / sqrt(rank)")
+    lora_plus_ratio: float = option(16.0, "B's learning rate in lora+, as a multiple of A's")
+    dropout: float = option(0.0, "dropout on the adapters' input", most=1)
+    targets: list = option(None, "names of the linear layers to adapt, such as c_attn c_fc (default: all)")
+    merge_every: int = option(None, "steps between merges in relora and remora (default: a fifth of max_steps)")
+    restart_warmup: int = option(None, "warm-up steps after a merge (default: a hundredth of max_steps)", least=0)
+    full_warmup: int = option(0, "steps in which all weights train, at full's rate, before the adapters", least=0)
+    init: str = option("scratch", "initial weights: demo (pretrained once), scratch, gpt2, gpt2-medium, ..., or a file")
+    tokenizer: str = option(None, "default: that of the initial weights; bytes for scratch", choices=data.TOKENIZERS)
+    n_layer: int = option(None, "layers of a demo or scratch model (default: 2)", most=1000)
+    n_head: int = option(None, "attention heads (default: 4, or the file's)", most=1000)
+    n_embd: int = option(None, "width of a demo or scratch model (default: 128)", most=100_000)
+    block_size: int = option(None, "longest sequence in tokens (default: 128, or the file's)", least=2)
+    n_pairs: int = option(32, "pairs of UUIDs to memorize; they limit batch_size", most=10_000_000, tasks=["uuid"])
+    c4_url: str = option(data.C4_URL, "where C4 is: http(s) or file, with the original's layout", tasks=["c4"])
+    shards: int = option(1, "training shards of C4, of about 350 MB each", most=1024, tasks=["c4"])
+    data: list = option(None, "files: .txt, or JSON lines; each also .gz", tasks=["text", "pairs"])
+    val_data: list = option(None, "held-out files (default: every 20th document or pair)", tasks=["text", "pairs"])
+    old_data: list = option(None, "files whose loss is reported too, to see what was forgotten", tasks=["c4", "text"])
+    seed: int = option(0, "of pairs, batches and adapters", several=True, least=0, most=2**64 - 1)
+    max_steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(32, "sequences a step, in all processes together", most=1_000_000)
+    accumulate: int = option(1, "micro-batches that a batch is split into, to save memory")
+    learning_rate: float = option(None, "peak learning rate (default: LEARNING_RATES in train.py)", several=True)
+    other_learning_rate: float = option(None, "that of what is in no adapter (default: the adapters')")
+    schedule: str = option("cosine", "of the learning rate", choices=["linear", "cosine", "constant"])
+    warmup_steps: int = option(None, "steps of linear warm-up (default: a tenth of max_steps)", least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 is no limit")
+    eval_every: int = option(None, "steps between evaluations (default: a quarter of max_steps)")
+    out_dir: str = option("out", "where every run has its folder")
+    cache_dir: str = option(os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "mora"), "for C4 and tokens")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    dtype: str = option("auto", "of activations and products", choices=["auto", "float32", "bfloat16", "float16"])
+    compile: bool = option(None, "torch.compile the model (default: on CUDA, where Triton is)")
+    resume: bool = option(False, "continue unfinished runs in out_dir, and keep the finished ones")
+    export: bool = option(False, "write every trained model, merged, in GPT-2's format to model.pt, for --init")
+    inputs: str = ""  # a digest of the files that are read
+
+
+TASKS = {
+    "uuid": dict(methods=["full", "lora", "mora"], rank=[2], init="demo", schedule="linear", max_steps=500,
+                 batch_size=64),
+    "c4": dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], operator=["sharing"], max_steps=600),
+    "text": {}, "pairs": {},
+}
+
+
+def parse_args(argv=()):
+    """The settings, with lists where an option takes several values. Wrong ones end the program with exit status 2."""
+    task = argv[0] if argv and argv[0] in TASKS else "uuid"
+    parser = argparse.ArgumentParser(usage=f"train.py [{' | '.join(TASKS)}] [options]", description=f"Task {task}.")
+    parser.error = lambda message: parser.exit(2, f"train.py: error: {message} (train.py TASK -h has all options)\n")
+    parser.add_argument("task", nargs="?", default="uuid", choices=TASKS, help="uuid: memorize pairs of random UUIDs; "
+                        "c4: pretrain on C4; text: on --data; pairs: learn the completions of --data's prompts")
+    for field in dataclasses.fields(Config):
+        how, default = field.metadata, field.default
+        if "help" in how and task in how.get("tasks", TASKS):
+            several = how.get("several", False)
+            settings = {"help": how["help"] + (f": {', '.join(how['choices'])}" if "choices" in how else "")}
+            settings["help"] += " (default: %(default)s)" if default not in (None, False) else ""
+            if field.type is bool:
+                settings["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+            else:
+                settings |= {"type": str if field.type is list else field.type, "choices": how.get("choices"),
+                             "metavar": "X", "nargs": "+" if several or field.type is list else None}
+            parser.add_argument(f"--{FLAGS.get(field.name, field.name)}", **settings,
+                                default=[default] if several and default is not None else default)
+        elif f"--{field.name}" in argv:
+            parser.error(f"--{field.name} means nothing to the task {task}: it is for {' and '.join(how['tasks'])}")
+    parser.set_defaults(**TASKS[task])
+    args = parser.parse_args(argv)
     try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        check_settings(args, task)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
-def in_any_process(interrupted):
-    """Whether one of the processes was interrupted: all have to stop after the same step."""
-    flag = torch.tensor(len(interrupted))
-    if PROCESSES > 1:
+def check_settings(args, task):
+    """Fill in what follows from other settings. ValueError for what is wrong, or wrong together."""
+    def check(right, message):
+        if not right:
+            raise ValueError(message)
+    for field in dataclasses.fields(Config):
+        name = FLAGS.get(field.name, field.name)
+        values = getattr(args, name, None)
+        values = values if isinstance(values, list) else [] if values is None else [values]
+        least, most = field.metadata.get("least", 1 if field.type is int else 0), field.metadata.get("most", 10**9)
+        for value in values if field.type in (int, float) else ():
+            check(least <= value <= most, f"--{name} must be from {least} to {most:,}, not {value}")
+        check(len(set(values)) == len(values), f"--{name} names something twice: {' '.join(map(str, values))}")
+    for name, n in {"eval_every": 4, "merge_every": 5, "warmup_steps": 10, "restart_warmup": 100}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, args.max_steps // n if "warmup" in name else math.ceil(args.max_steps / n))
+    args.batch_size = min(args.batch_size, args.n_pairs) if task == "uuid" else args.batch_size
+    args.cache_dir = os.path.expanduser(args.cache_dir)
+    check(args.task == task, f"the task comes first: train.py {args.task} ...")
+    check(args.init in ("demo", "scratch") or not (args.n_layer or args.n_embd),
+          f"--n_layer and --n_embd are for --init demo or scratch: {args.init} has its own")
+    check(args.batch_size % (args.accumulate * WORLD_SIZE) == 0, f"--batch_size {args.batch_size} cannot be split into "
+          f"{args.accumulate} micro-batches for each of {WORLD_SIZE} processes")
+    check(max(args.warmup_steps, args.full_warmup) < args.max_steps,
+          f"--warmup_steps and --full_warmup must leave something of --max_steps {args.max_steps}")
+    check(args.restart_warmup < args.merge_every or not {"relora", "remora"} & {*args.methods},
+          f"--restart_warmup {args.restart_warmup} must be below --merge_every {args.merge_every}")
+    check(task not in ("text", "pairs") or args.data, f"the task {task} needs --data FILE")
+    check((args.block_size or 72) >= 72 or task != "uuid" and args.init != "demo",
+          f"--block_size {args.block_size} is too short: a pair of UUIDs takes 72 tokens")
+    for name, kind in {"fold": mora.Decoupling, "groups": mora.Sharing}.items():
+        check(not getattr(args, name) or all(issubclass(mora.OPERATORS[operator], kind) for operator in
+              args.operator or ["rotation"]), f"--{name} needs an --operator made from {kind.__name__}")
+    files = [file for name in ("data", "val_data", "old_data") for file in getattr(args, name, None) or ()]
+    args.inputs = data.fingerprint(files + [args.init] * os.path.isfile(args.init))
+
+
+# ---- Device and processes --------------------------------------------------------------------------------------------
+RANK, WORLD_SIZE = 0, 1  # of the processes, as torch calls them; LoRA's rank is config.rank
+if dist.is_torchelastic_launched():
+    RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def say(text):
+    if RANK == 0:
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """What the first process prepares in this block, the others find when they enter it."""
+    if RANK:
+        dist.barrier()
+    yield
+    if not RANK and WORLD_SIZE > 1:
+        dist.barrier()
+
+
+def choose_device(args):
+    """Settle args.device, dtype and compile; -> the device's name."""
+    if args.device == "auto" and not torch.cuda.is_available():
+        args.device = "cpu"
+    if args.device in ("auto", "cuda"):
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.ones(1, device=args.device).item()
+    except Exception as error:  # each device has errors of its own; torch gives the reason in the first sentence
+        reason = re.split(r"\. |\n", str(error))[0]
+        raise ValueError(f"--device {args.device} cannot be used ({reason}): --device cpu always can") from error
+    on_cuda, name = args.device.startswith("cuda"), torch.device(args.device).type
+    if on_cuda:
+        torch.cuda.set_device(args.device)
+        name = torch.cuda.get_device_name(args.device)
+    if args.dtype == "auto":
+        half = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        args.dtype = half if on_cuda else "float32"
+    if args.compile is None:
+        args.compile = on_cuda and importlib.util.find_spec("triton") is not None
+    say(f"device: {name}, {args.dtype}, {'compiled' if args.compile else 'not compiled'}, torch {torch.__version__}"
+        + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1))
+    return name
+
+
+# ---- Files, stopping and resuming ------------------------------------------------------------------------------------
+def write(path, save):
+    """Let `save` write to an open file that appears as `path` when it is whole. One process writes for all."""
+    if RANK == 0:
+        data.write_file(path, save)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """ValueError if another process is in this block with the same folder. A lock ends with its process."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "a+") as file:
+        try:
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = Path(file.name).read_text()
+            raise ValueError(f"{folder} is in use by process {owner}: choose another --out_dir") from None
+        Path(file.name).write_text(str(os.getpid()))
+        yield
+
+
+stop_requests = []
+
+
+def request_stop(number, frame):
+    """While training, the first signal is only recorded, so that a step can finish; the second stops at once."""
+    if stop_requests:
+        raise KeyboardInterrupt
+    stop_requests.append(number)
+    if RANK == 0:  # not by print, which may be interrupted itself
+        os.write(2, b"\ntrain.py: stopping when this step is saved; once more stops at once\n")
+
+
+def on_signals(handler):
+    stop_requests.clear()
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), handler)
+
+
+def stop_requested():
+    """Whether one of the processes was asked to stop: all have to stop after the same step."""
+    flag = torch.tensor(len(stop_requests))
+    if WORLD_SIZE > 1:
         dist.all_reduce(flag)
     return bool(flag)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def check_folder(folder):
-    """ValueError, before the work, if `folder` cannot be made or written to."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written to ({error.strerror}): choose another --out_dir") from error
-
-
-def write(path, save):
-    """Let `save` write a file under a temporary name, so that `path` never stands for half a file. One process writes
-    for all.
-    """
-    if PROCESS:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; what was there is unchanged") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(folder, step, rows, losses, config, model, optimizer, scaler):
-    """Write checkpoint.pt, all that resuming needs, and metrics.csv."""
-    state = dict(step=step, rows=rows, losses=losses, config=vars(config), model=model.state_dict(),
+def save_checkpoint(folder, step, rows, losses, seconds, config, model, optimizer, scaler):
+    """Write metrics.csv, and checkpoint.pt, all that resuming needs."""
+    lines = [",".join(map(str, line)) + "\n" for line in [*rows[:1], *(row.values() for row in rows)]]
+    state = dict(step=step, rows=rows, losses=losses, seconds=seconds, config=vars(config), model=model.state_dict(),
                  optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
-    if rows:
-        write(folder / "metrics.csv", lambda path: write_csv(path, rows))
+    write(folder / "metrics.csv", lambda file: file.write("".join(lines).encode()))
+    write(folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
 
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def load_checkpoint(path, config, model, optimizer, scaler):
-    """Restore a run; -> the number of steps done, the rows so far and the losses since. ValueError if its settings were
-    others.
-    """
-    with usable(path):
-        state = torch.load(path, map_location=config.device, weights_only=True)
+def load_checkpoint(folder, config, model, optimizer, scaler):
+    """Restore a run; -> the number of steps done, the rows so far, the losses since and the seconds."""
+    path = folder / "checkpoint.pt"
+    state = load_file(path, config.device)
+    with reading_saved(path):
         saved = dict(state["config"])
     check_same(path, saved, config)
-    with usable(path):
+    with reading_saved(path):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        return state["step"], state["rows"], state["losses"]
+        for parameter, moments in optimizer.state.items():
+            assert parameter.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape, "optimizer state"
+        step, rows, losses, seconds = (state[name] for name in ("step", "rows", "losses", "seconds"))
+        assert step in range(config.max_steps + 1) and all(row["step"] <= step for row in rows), "steps"
+        assert all(loss.dim() == 0 for loss in losses) and seconds >= 0, "losses"
+    return step, rows, losses, seconds
 
 
 @contextlib.contextmanager
-def usable(path):
-    """Whatever goes wrong with the contents of a damaged or foreign file becomes a ValueError."""
+def reading_saved(path):
+    """Turn any error while reading a saved file into one line."""
     try:
         yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise ValueError(f"{path} is damaged, or of another model ({reason}): move it away to go on without it"
-                         ) from error
-
-
-MAY_CHANGE = {"out_dir", "device", "device_name", "compile", "resume", "eval_every", "spectrum", "export"}
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ValueError(f"{path} is damaged, or of another model ({reason}): move it away") from error
 
 
 def check_same(path, saved, config):
-    """ValueError if a saved run's settings are others than `config`'s, but for where and how it runs."""
-    now = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
+    """ValueError if a saved run's settings or inputs are others than `config`'s, but for where and how it runs."""
+    now = {name: value for name, value in vars(config).items() if name not in (
+        "out_dir", "cache_dir", "device", "compile", "fast", "resume", "eval_every", "export")}
     if config.schedule == "constant" and saved.get("max_steps", 0) <= config.max_steps:
         del now["max_steps"]  # only where the schedule's beginning does not depend on its end can a run be prolonged
-    others = [f"--{name} {saved.get(name)} instead of {value}" for name, value in now.items()
-              if saved.get(name) != value]
+    others = [f"--{name} {saved.get(name)} instead of {now[name]}" for name in now if saved.get(name) != now[name]]
     if others:
-        raise ValueError(f"{path} was made with {', '.join(others)}: --resume needs the same settings, or another "
-                         "--out_dir")
+        raise ValueError(f"{path} was made with {', '.join(others)}: --resume needs the same (--inputs is a checksum "
+                         "of the files of --data and --init), or another --out_dir")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs
-
-
+# ---- Runs ------------------------------------------------------------------------------------------------------------
 def runs(args):
-    """A configuration for every combination of the options that take several values, as far as they concern the method.
-    """
+    """A Config for every combination of the options that take several values, as far as they concern the method."""
+    shared = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)
+              if hasattr(args, field.name) and not field.metadata.get("several")}
     for method in args.methods:
-        is_mora = mora.METHODS.get(method) is mora.MoRALinear
-        ranks = args.rank if method != "full" else [None]
-        operators = args.operator if is_mora else [None]
-        for rank, operator in itertools.product(ranks, operators):
-            own_groups = args.groups or ["cycle" if method == "remora" else "strided"]
-            all_groups = own_groups if operator and "groups" in mora.OPERATORS[operator].options else [None]
-            rates = args.learning_rate or [own_rate(method, operator, args.init)]
-            for groups, rate, seed in itertools.product(all_groups, rates, args.seed):
-                config = argparse.Namespace(**vars(args))
-                config.method, config.rank, config.operator, config.groups = method, rank, operator, groups
-                config.learning_rate, config.seed, config.fold = rate, seed, args.fold and is_mora
-                if method not in ("relora", "remora"):
-                    config.merge_every = None
-                    config.restart_warmup = args.restart_warmup if args.full_warmup else None
-                del config.methods
+        is_mora, restarts = mora.METHODS.get(method) is mora.MoRALinear, method in ("relora", "remora")
+        operators = (args.operator or ["sharing" if restarts else "rotation"]) if is_mora else [None]
+        for rank, operator in itertools.product([None] if method == "full" else args.rank, operators):
+            has_groups = operator and issubclass(mora.OPERATORS[operator], mora.Sharing)
+            groupings = (args.groups or ["cycle" if restarts else "strided"]) if has_groups else [None]
+            rates = args.learning_rate or [default_learning_rate(method, operator, args.init, rank)]
+            for groups, rate, seed in itertools.product(groupings, rates, args.seed):
+                config = Config(**shared, method=method, rank=rank, operator=operator, groups=groups, seed=seed,
+                                learning_rate=rate)
+                config.fold = args.fold and is_mora
+                config.merge_every = args.merge_every if restarts else None
+                config.restart_warmup = args.restart_warmup if restarts or args.full_warmup else None
                 yield config
 
 
 def label(config):
     """A setting's name, such as "mora rotation fold r2"."""
     groups = config.groups if config.method == "remora" or config.groups != "strided" else None
-    parts = (config.method, config.operator, groups, config.fold and "fold", config.rank and f"r{config.rank}")
-    return " ".join(part for part in parts if part)
+    words = (config.method, config.operator, groups, config.fold and "fold", config.rank and f"r{config.rank}")
+    return " ".join(word for word in words if word)
 
 
-def adapt(model, config):
-    """Give the model the adapters that the settings ask for."""
-    if config.method == "full":
-        return model
-    names = mora.OPERATORS[config.operator].options if config.operator else ("alpha", "rslora")
-    options = {name: getattr(config, name) for name in names}
-    options["dropout"] = config.dropout
-    mora.add_adapters(model, config.method, config.rank, config.operator, config.targets, **options)
-    if config.init == "scratch":  # only linear layers can stay at random values: norms, embeddings and head learn
-        for module in model.modules():
-            if not isinstance(module, (torch.nn.Linear, mora.Adapter)):
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(True)
-    return model
-
-
-def run(config, base, tokenizer):
+def run(config, base, tokenizer, device_name):
     """Train a copy of `base` by one method with one seed; -> what its results.json holds."""
-    parts = [config.task, *label(config).split(), f"lr{config.learning_rate:g}", f"seed{config.seed}"]
-    folder = Path(config.out_dir, "-".join(parts))
-    if config.resume and (results := finished(folder, config)):
-        say(f"{folder}: done before")
-        return results
-    say(f"\n{folder}")
-    prepare(folder, config)
-    dataset, evaluate = load_task(config, tokenizer, base.config.block_size)
-    start, begin, first = base, time.perf_counter(), 0
-    if config.full_warmup and config.method != "full":
-        start, first = copy.deepcopy(base), config.full_warmup
-        warmup = argparse.Namespace(**vars(config))
-        warmup.method, warmup.learning_rate = "full", own_rate("full", None, config.init)
-        train(start, dataset, evaluate, warmup, folder / "full_warmup", last=first)
-    torch.manual_seed(config.seed)  # for the adapters' random numbers
-    model = adapt(copy.deepcopy(start), config)
-    counts = count(model)
-    say("{trainable_parameters:,} of {total_parameters:,} parameters train".format(**counts)
-        + (f", {counts['adapter_parameters']:,} of them in adapters" if config.method != "full" else "")
-        + (f", r̂ = {counts['size']}" if config.operator else ""))
-    if config.method == "remora" and not config.groups:
-        say(f"{config.operator} has no groups to draw: a merge starts M anew, and adds nothing that M could not")
-    check_start(model, start, dataset, evaluate, config)
-
-    rows = train(model, dataset, evaluate, config, folder, first)
-    quick = base.config.n_embd <= 512 or torch.device(config.device).type == "cuda"  # GPT-2's take minutes on a CPU
-    results = dict(
-        label=label(config), method=config.method, rank=config.rank, operator=config.operator, seed=config.seed,
-        **counts, steps=config.max_steps, seconds=time.perf_counter() - begin, metrics=rows[-1], rows=rows,
-        summary=summary(rows), spectra=update_spectra(model, base) if quick or config.spectrum else {},
-        config=vars(config), torch=torch.__version__, device=config.device_name)
-    if config.task == "uuid":
-        results["completions"] = complete(model, dataset, tokenizer)
-    if config.method != "full":
-        write(folder / "adapter.pt", lambda path: torch.save(mora.adapter_state_dict(model), path))
-    write(folder / "results.json", lambda path: path.write_text(
-        json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8"))
-    if config.export:
-        write(folder / "model.pt", (mora.merge_adapters(model) if config.method != "full" else model).export)
+    words = [config.task, *label(config).split(), f"lr{config.learning_rate!r}", f"seed{config.seed}"]
+    folder = Path(config.out_dir, "-".join(words))
+    with locked(folder) if RANK == 0 else contextlib.nullcontext():
+        if config.resume and (results := finished(folder, config)):
+            say(f"{folder}: done before")
+            return results
+        say(f"\n{folder}")
+        if folder.exists() and not config.resume and RANK == 0:
+            kept = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
+            folder.rename(kept)
+            say(f"starts anew: the earlier run is kept in {kept}; --resume would have continued it")
+        dataset, start, first, seconds = load_dataset(config, tokenizer, base.config.block_size), base, 0, 0.0
+        if config.full_warmup and config.method != "full":
+            start, first = copy.deepcopy(base), config.full_warmup
+            warmup = dataclasses.replace(config, method="full", merge_every=None, full_warmup=0,
+                                         learning_rate=default_learning_rate("full", None, config.init, None))
+            _, seconds = train(start, dataset, warmup, folder / "full_warmup", last=first)
+        torch.manual_seed(config.seed)  # for the adapters' random numbers
+        model = adapt(copy.deepcopy(start), config)
+        counts = count(model)
+        text = "{trainable_parameters:,} of {total_parameters:,} parameters train, {adapter_parameters:,} in adapters"
+        say(text.format(**counts) + (f", r̂ = {counts['size']}" if counts["size"] else ""))
+        check_start(model, start, dataset, config)
+        rows, more_seconds = train(model, dataset, config, folder, first)
+        if config.task == "uuid":
+            show_completion(model, dataset, tokenizer)
+        results = dict(label=label(config), method=config.method, rank=config.rank, operator=config.operator,
+                       seed=config.seed, **counts, steps=config.max_steps, seconds=seconds + more_seconds,
+                       metrics=rows[-1], rows=rows, update_rank=update_rank(model, base), config=vars(config),
+                       torch=torch.__version__, device=device_name)
+        if config.method != "full" and not config.merge_every and config.init != "scratch":  # else it does not suffice
+            write(folder / "adapter.pt", lambda file: torch.save(mora.adapter_state_dict(model), file))
+        if config.export:
+            write(folder / "model.pt", (mora.merge_adapters(model) if config.method != "full" else model).export)
+        text = json.dumps(results, indent=1, allow_nan=False)
+        write(folder / "results.json", lambda file: file.write(text.encode()))
     return results
 
 
 def finished(folder, config):
-    """The results of a run that is done, or None. ValueError if its settings were others."""
+    """The results of a finished run, or None. ValueError if its settings or inputs were others."""
     path = folder / "results.json"
     if not path.exists():
         return None
-    with usable(path):
+    with reading_saved(path):
         results = json.loads(path.read_text(encoding="utf-8"))
-        saved, steps = dict(results["config"]), results["steps"]
-        results_table([results])  # what it lacks for the last table shows now, and not after all runs
+        saved, done = dict(results["config"]), results["steps"] == config.max_steps
+        table_row(results)  # a missing field is to show now, not after all runs
     check_same(path, saved, config)
-    return results if steps == config.max_steps and (not config.export or (folder / "model.pt").exists()) else None
-
-
-def prepare(folder, config):
-    """See that a run can go on in its folder, or move an earlier one out of its way."""
-    if config.resume and folder.exists():
-        check_folder(folder)
-    elif folder.exists() and PROCESS == 0:
-        kept = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
-        folder.rename(kept)
-        say(f"starts anew: the earlier run is kept in {kept}; --resume would have continued it")
+    return results if done and (not config.export or (folder / "model.pt").exists()) else None
 
 
 def count(model):
     """How many parameters there are, train, and train in adapters; and r̂, from the least to the largest."""
     adapters = [module for module in model.modules() if isinstance(module, mora.Adapter)]
-    sizes = [adapter.operator.size for adapter in adapters if isinstance(adapter, mora.MoRALinear)]
-    own = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
-    return {"size": "-".join(map(str, sorted({min(sizes), max(sizes)}))) if sizes else None,
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "adapter_parameters": sum(p.numel() for p in own),
-            "total_parameters": sum(p.numel() for p in model.parameters())}
-
-
-def complete(model, pairs, tokenizer):
-    """What greedy decoding answers to the first three keys."""
-    keys = pairs.tokens[:3, :data.UUID_LENGTH + 1]  # with the colon
-    answers = model.eval().generate(keys, data.UUID_LENGTH)[:, data.UUID_LENGTH + 1:]
-    answers = answers.clamp(max=tokenizer.eot_token)  # a model may have been given more tokens than are in use
-    return [tokenizer.decode(answer.tolist()) for answer in answers]
+    sizes = sorted(adapter.size for adapter in adapters if isinstance(adapter, mora.MoRALinear))
+    parameters = {"trainable": [p for p in model.parameters() if p.requires_grad], "total": [*model.parameters()],
+                  "adapter": [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]}
+    counts = {f"{name}_parameters": sum(p.numel() for p in some) for name, some in parameters.items()}
+    return counts | {"size": "-".join(map(str, dict.fromkeys([sizes[0], sizes[-1]]))) if sizes else None}
 
 
 @torch.no_grad()
-def check_start(model, start, dataset, evaluate, config):
-    """See that adapters change nothing before they are trained, and say how the model does."""
+def check_start(model, start, dataset, config):
+    """RuntimeError unless untrained adapters leave the outputs as they are; prints the metrics at the start."""
     idx, targets = dataset.batch(0)
-    rows = math.ceil(1000 / idx.shape[1])  # logits take much memory
-    logits, start_logits = (network.eval()(idx[:rows], targets[:rows])[0] for network in (model, start))
+    few = slice(math.ceil(1000 / idx.shape[1]))  # since logits take much memory
+    logits, start_logits = (network.eval()(idx[few], targets[few])[0] for network in (model, start))
     difference = (logits - start_logits).abs().max().item()
     if not difference <= 1e-4 * start_logits.abs().max():
         raise RuntimeError(f"an adapted model must start as its base, but its logits differ by {difference:g}")
     with autocast(config):
-        metrics = evaluate(model)
+        metrics = evaluate(model, dataset)
     say(f"before training: logits differ from the base's by {difference:.1g}  {format_metrics(metrics)}")
 
 
-@torch.no_grad()
-def update_spectra(model, base):
-    """The singular values s of what training added to the linear layers, over all merges, by kind of layer.
-
-    Means over the layers of a kind: rank, the count above 0.1 (the paper's Figure 5), effective rank (exp of the
-    entropy of s / Σ s), stable rank (Σ s² / max s²), and the values themselves.
-    """
-    kinds = collections.defaultdict(list)
-    for name, layer in base.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            tuned = model.get_submodule(name)
-            weight = tuned.merged_weight() if isinstance(tuned, mora.Adapter) else tuned.weight
-            values = torch.linalg.svdvals(weight - layer.weight)
-            if values[0] > 0:
-                kinds[re.sub(r"^h\.\d+\.", "", name)].append(values)
-    spectra = {}
-    for kind, layers in kinds.items():
-        values = torch.stack(layers)  # (layers, min(d, k)), descending
-        noise = values[:, :1] * max(base.get_submodule(f"h.0.{kind}").weight.shape) * torch.finfo(values.dtype).eps
-        share = values / values.sum(1, keepdim=True)
-        measures = {"rank": (values > noise).sum(1), "above 0.1": (values > 0.1).sum(1),
-                    "effective rank": torch.special.entr(share).sum(1).exp(),
-                    "stable rank": (values / values[:, :1]).square().sum(1)}
-        spectra[kind] = {name: value.float().mean().item() for name, value in measures.items()}
-        spectra[kind]["values"] = [float(f"{value:.4g}") for value in values.mean(0).tolist()]
-    return spectra
+def update_rank(model, base):
+    """The mean rank of what training added to the linear layers, in all merges together."""
+    if base.config.n_embd > 512 and base.wte.weight.device.type == "cpu":
+        return None  # takes minutes
+    ranks = [torch.linalg.matrix_rank(model.get_submodule(name).weight - layer.weight).item()
+             for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear)]
+    return sum(ranks) / len(ranks)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Results
-
-
-def mean_and_deviation(values):
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def over_seeds(values, digits=1):
-    """The mean, and the standard deviation if there are several."""
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+def show_completion(model, pairs, tokenizer):
+    """Print the first pair, and what greedy decoding answers to its key, with wrong characters marked below."""
+    (key, value), prompt = pairs.pairs[0], pairs.tokens[:1, :data.UUID_LENGTH + 1]  # with the colon
+    answer = model.eval().generate(prompt, data.UUID_LENGTH)[0, data.UUID_LENGTH + 1:]
+    answer = tokenizer.decode(answer.clamp(max=tokenizer.eot_token).tolist())  # a model may know more tokens than that
+    marks = "".join(" " if a == b else "^" for a, b in zip(answer, value))
+    say(f"key    {key}\nvalue  {value}\nanswer {answer}" + f"\n       {marks}" * (answer != value))
 
 
 def markdown(rows):
     """Dicts as the rows of a Markdown table that reads well as text; "-" where a row lacks a column."""
     keys = dict.fromkeys(key for row in rows for key in row)
-    widths = {key: max(len(row.get(key, "-")) for row in [{key: key}, *rows]) for key in keys}
-    lines = [{key: key for key in keys}, {key: "-" * width for key, width in widths.items()}, *rows]
-    cells = [[line.get(key, "-").ljust(width) for key, width in widths.items()] for line in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    cells = [[*keys], ["-"] * len(keys), *([row.get(key, "-") for key in keys] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells[1] = ["-" * width for width in widths]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells)
 
 
-def results_table(results):
-    """One row for all seeds of a setting."""
-    settings = collections.defaultdict(list)
-    for result in results:
-        settings[result["label"], result["config"]["learning_rate"]].append(result)
-    rows = []
-    for (name, rate), group in settings.items():
-        first = group[0]
-        ranks = [statistics.mean(kind["rank"] for kind in result["spectra"].values())
-                 for result in group if result["spectra"]]
-        row = {"method": name, "r̂": first["size"] or "-", "peak rate": f"{rate:g}",
-               "parameters": f"{first['adapter_parameters'] or first['trainable_parameters']:,}"}
-        for key in first["summary"]:
-            values = [result["summary"][key] for result in group if key in result["summary"]]
-            row[key] = over_seeds(values, 1 if "exact" in first["summary"] else 3)
-        row["rank of ΔW"] = over_seeds(ranks, 0) if ranks else "-"
-        row["seconds"] = f"{statistics.mean(result['seconds'] for result in group):.0f}"
-        rows.append(row)
-    return markdown(rows)
+def columns(result):
+    """A run's figures, and their digits. For UUIDs, the accuracy in % at four moments, as in the paper's Table 2."""
+    rows, last = result["rows"], result["metrics"]
+    moments = [rows[math.ceil(len(rows) * i / 4) - 1] for i in (1, 2, 3, 4)] if "char_accuracy" in last else ()
+    figures = {f"step {row['step']}": (100 * row["char_accuracy"], 1) for row in moments}
+    figures |= {key.replace("_", " "): (last[key], 3) for key in ("val_loss", "perplexity", "old_loss") if key in last}
+    figures |= {"exact": (100 * last["exact_match"], 1)} if "exact_match" in last else {}
+    figures |= {"rank of ΔW": (result["update_rank"], 0)} if result["update_rank"] is not None else {}
+    return figures | {"seconds": (result["seconds"], 0)}
 
 
-def at_best_rate(results):  # exercise 17
-    """Of every setting, the results at its best learning rate: by the last accuracy, or loss, in the mean over seeds.
-
-    A rate that lacks a seed, because its run diverged, is not compared. A tie goes to the rate that comes first.
-    """
-    def score(result):
-        metrics = result["metrics"]
-        return metrics["char_accuracy"] if "char_accuracy" in metrics else -metrics["val_loss"]
-
-    settings = collections.defaultdict(lambda: collections.defaultdict(list))
-    for result in results:
-        if math.isfinite(score(result)):
-            settings[result["label"]][result["config"]["learning_rate"]].append(result)
-    best = []
-    for rates in settings.values():
-        seeds = max(map(len, rates.values()))
-        complete = [group for group in rates.values() if len(group) == seeds]
-        best += max(complete, key=lambda group: statistics.mean(map(score, group)))
-    return best
-
-
-def spectrum_table(results):
-    """One row for each kind of layer in each run."""
-    return markdown([{"run": f"{result['label']} seed{result['seed']}", "layers": kind}
-                     | {name: f"{value:.1f}" for name, value in spectrum.items() if name != "values"}
-                     for result in results for kind, spectrum in result["spectra"].items()])
-
-
-def draw_spectra(results, path):
-    """The singular values of every setting's update with its first seed: a panel for each kind of layer."""
-    panels = collections.defaultdict(dict)
-    for result in results:
-        for kind, spectrum in result["spectra"].items():
-            panels[kind].setdefault(result["label"], (range(len(spectrum["values"])), spectrum["values"], None))
-    draw(panels, path, xlabel="index", ylabel="singular value of ΔW", yscale="log", ylim=(1e-4, None))
-
-
-def draw(panels, path, **axes_settings):
-    """Write {title: {label: (x, y, error bars or None)}} as a PNG, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return say("matplotlib is not installed: no picture")
-    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    figure = Figure(figsize=(4 * len(panels) + 2, 4), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items()):
-        for label, (x, y, error) in lines.items():
-            axes.errorbar(x, y, error, label=label, color=f"C{labels.index(label)}", capsize=2)
-        axes.set(title=title, **axes_settings)
-        axes.label_outer()
-    handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
-    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    say(f"drawn: {path}")
-
-
-def show_completions(results, pairs):
-    """The pairs, and what every run's model says to their keys, with wrong characters marked below."""
-    names = [result["label"] for result in results]
-    width = max(map(len, ["value", *names]))
-    for i, (key, value) in enumerate(pairs):
-        say(f"\n{'key':{width}}  {key}\n{'value':{width}}  {value}")
-        for name, result in zip(names, results):
-            guess = result["completions"][i]
-            say(f"{name:{width}}  {guess}")
-            if guess != value:
-                say(" " * (width + 2) + "".join(" " if a == b else "^" for a, b in zip(guess, value)))
-
-
-def report(results, args):
-    """Print the tables of all runs, and for UUIDs some completions."""
-    if not results:
-        return
-    say("\n" + results_table(results))
-    best = at_best_rate(results)
-    if 0 < len(best) < len(results):
-        say("\nEach setting at the best of its learning rates:\n" + results_table(best))
-    if args.spectrum and any(result["spectra"] for result in results):
-        say("\n" + spectrum_table(results))
-        draw_spectra(results, Path(args.out_dir, f"{args.task}-spectra.png"))
-    if args.task == "uuid":
-        first = [result for result in results if result["seed"] == args.seed[0]]
-        show_completions(first, data.uuid_pairs(3, args.seed[0])[:args.n_pairs])
-
-
-NEXT = """
-Next, for example:
-  python train.py --methods mora --operator truncation sharing decoupling rotation     the four operators
-  python train.py --rank 1 8                                                           a smaller and a larger budget
-  python train.py --seed 0 1 2                                                         the spread over seeds
-  python train.py --init gpt2 --rank 8 --n_pairs 10000 --batch_size 1000 --max_steps 1000
-                                                                                       the paper's setting, on a GPU"""
-
-
-def complain(error):
-    """Say what is wrong; -> the exit status."""
-    print(f"train.py: error: {error}", file=sys.stderr)
-    return 2
+def table_row(result, **more):
+    parameters = result["adapter_parameters"] or result["trainable_parameters"]
+    return {"method": result["label"], "r̂": result["size"] or "-", "parameters": f"{parameters:,}",
+            "peak rate": f"{result['config']['learning_rate']:g}",
+            **{name: f"{value:.{digits}f}" for name, (value, digits) in columns(result).items()}, **more}
 
 
 def run_all(argv):
-    """All runs of a command line, then their tables; -> the exit status: 2 if one diverged, else 0."""
+    """All runs of a command line, then their table; -> the exit status: 2 if one diverged, else 0."""
     args = parse_args(argv)
-    say(choose_device(args))
-    if PROCESSES > 1:
-        connect(args.device)
-    check_folder(args.out_dir)
+    device_name = choose_device(args)
+    mora.MoRALinear.fast = args.fast
+    if WORLD_SIZE > 1:  # the first process may have data to prepare for hours
+        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo", timeout=timedelta(days=1))
+    write(Path(args.out_dir, ".writable"), lambda file: None)  # whether it can be written to shows now
     base, tokenizer = load_base(args)
     base.to(args.device)
-    mora.find_targets(base, args.targets)  # a wrong name is found before, not between, the runs
-    context = base.config.block_size
-    if (args.block_size or 0) > context:
-        raise ValueError(f"--block_size {args.block_size} exceeds the context of {args.init}, {context} tokens")
+    mora.find_targets(base, args.targets)  # and whether there are such layers
     if args.task == "uuid":
-        check_context(context, f"the context of {args.init}")
         say(f"{args.n_pairs} pairs to memorize; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")
     results, status = [], 0
     for config in runs(args):
         try:
-            results.append(run(config, base, tokenizer))
-        except Diverged as error:  # one run of several may, at a rate too high
-            status = complain(error)
-    report(results, args)
-    if not argv:
-        say(NEXT)
+            results.append(run(config, base, tokenizer, device_name))
+        except FloatingPointError as error:  # one run of several may, at a rate too high
+            print(f"train.py: error: {label(config)}: {error}", file=sys.stderr)
+            status = 2
+    if results:
+        say("\n" + markdown([table_row(result, seed=str(result["seed"])) for result in results]))
+        say(f"\nMeans, best rates, spectra and pictures: python tests/compare.py {args.out_dir}/{args.task}-*")
     return status
 
 
 def main(argv=None):
     """Run the command line and end with status 0, 2 for wrong input, 130 if stopped."""
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         status = run_all(sys.argv[1:] if argv is None else argv)
-    except BrokenPipeError:  # nobody reads on, as in `python train.py | head`
-        status = 141  # as if SIGPIPE had ended the program
-    except (ValueError, OSError) as error:
-        status = complain(error)
-    except (MemoryError, RuntimeError) as error:  # torch has an exception of its own on CUDA only
-        if isinstance(error, RuntimeError) and not re.search("(allocate|out of|enough) memory", str(error)):
-            raise
-        status = complain("there is not enough memory: try a smaller --batch_size, more micro-batches (--accumulate), "
-                          "or a smaller model")
     except KeyboardInterrupt as interrupt:
-        print(f"\ntrain.py: {str(interrupt) or 'stopped: the same command with --resume goes on from what is saved'}",
+        print(f"\ntrain.py: {str(interrupt) or 'stopped: the same command with --resume continues from what is saved'}",
               file=sys.stderr)
         status = 130
+    except Exception as error:
+        reason, status = str(error).splitlines()[0] if str(error) else "", 2
+        if isinstance(error, MemoryError) or re.search("(allocate|out of|enough) memory", str(error)):
+            reason = f"not enough memory ({reason[:150]}): try a smaller --batch_size or model, or more --accumulate"
+        elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            reason = f"torch.compile failed ({reason[:150]}): --no-compile does without"
+        elif not isinstance(error, (ValueError, OSError, FloatingPointError)):
+            raise
+        if RANK == 0 or isinstance(error, OSError):  # what all processes find is printed once
+            print(f"train.py: error: {reason}", file=sys.stderr)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1152,5 +796,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # not every terminal has an r̂
+    sys.stdout and sys.stdout.reconfigure(errors="replace")  # not every terminal has an r̂
     main()

@@ -77,8 +77,7 @@ def kept_for_backward(function, model):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function()
+    function(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
     return sum(kept.values()) / 1e6
 
 
@@ -130,7 +129,7 @@ def peak_flops(device, dtype):
 
 
 class MergedLoRA(torch.autograd.Function):
-    """LoRA in one product, as MoRALinear does it, so that the short cut is not mistaken for the method's merit."""
+    """LoRA in one product, as MoRALinear does it, so that the product is not mistaken for the method's merit."""
 
     @staticmethod
     def forward(ctx, x, A, B, scaling, weight, bias):
@@ -163,7 +162,7 @@ def layer_candidates(k, d, rank, device):
     layers["lora, one product"] = MergedLoRALinear(copy.deepcopy(linear), rank)
     for operator in ("sharing", "rotation"):
         layers[f"mora {operator}, as defined"] = MoRALinear(copy.deepcopy(linear), rank, operator)
-        layers[f"mora {operator}, as defined"].one_product = False
+        layers[f"mora {operator}, as defined"].fast = False
     for layer in layers.values():  # B and M start at zero
         for parameter in layer.parameters():
             if parameter.requires_grad:
@@ -173,7 +172,7 @@ def layer_candidates(k, d, rank, device):
 
 def bench_layers(args):
     """Tables of methods by shapes: time as a multiple of the frozen layer's and of LoRA's, and memory. The last rows
-    are not what users get, but what the short cut is worth.
+    are not what users get, but what one product is worth.
     """
     on_gpu = args.device.type == "cuda"
     shapes = [(768, 768), (768, 2304), (768, 3072), (3072, 768)]
@@ -208,8 +207,8 @@ def measure_layers(k, d, rank, compiled, args):
     g = torch.randn(tokens, d, device=args.device).to(args.dtype)
 
     def forward_and_backward(layer, parameters):
-        def call():
-            with args.autocast():
+        def call(around_forward=contextlib.nullcontext()):
+            with args.autocast(), around_forward:
                 y = layer(x)
             y.backward(g)
             for tensor in (x, *parameters):
@@ -240,9 +239,8 @@ def step_candidates(base, task, rank):
             parameter.requires_grad_(True)
     for setting in settings:
         method, _, operator = setting.partition(" ")
-        config = argparse.Namespace(method=method, rank=rank, operator=operator or None, targets=None, alpha=None,
-                                    rslora=False, fold=False, dropout=0.0, groups="strided",
-                                    init="scratch" if task == "c4" else "gpt2")
+        config = train.Config(method=method, rank=rank, operator=operator or None,
+                              init="scratch" if task == "c4" else "gpt2")
         models[setting] = train.adapt(copy.deepcopy(base), config)
     return models
 
@@ -272,14 +270,13 @@ def step_rows(case, base, task, rank, idx, targets, peak, args):
     models, optimizers, steps, first = step_candidates(base, task, rank), {}, {}, {}
     torch.compiler.reset()
     for name, model in models.items():
-        method = name.split()[0]
-        optimizer = train.make_optimizer(model, argparse.Namespace(method=method, device=str(args.device),
-                                                                   weight_decay=0.0, lora_plus_ratio=1.0))
+        config = train.Config(method=name.split()[0], device=str(args.device), learning_rate=0.0)
+        optimizer = train.make_optimizer(model, config)
         trainable = [p for p in model.parameters() if p.requires_grad]
         network = torch.compile(train.Loss(model)) if args.compile else train.Loss(model)
 
-        def step(network=network, optimizer=optimizer, trainable=trainable):
-            with args.autocast():
+        def step(around_forward=contextlib.nullcontext(), network=network, optimizer=optimizer, trainable=trainable):
+            with args.autocast(), around_forward:
                 loss = network(idx, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)

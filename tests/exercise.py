@@ -1,83 +1,101 @@
-"""The exercises of EXERCISES.md: take the body out of an exercise's functions, and put the solution back.
+"""The exercises of EXERCISES.md: take functions out of the code, grade what you write instead, put the solution back.
 
-    python tests/exercise.py                    the exercises, and what stands in the code
-    python tests/exercise.py 5                  take exercise 5 out; several numbers are fine
-    python tests/exercise.py --solution 5       put its solution back
-    python -m pytest -m ex5                     grade it
+    python tests/exercise.py                      the exercises, what stands in the code, and your last marks
+    python tests/exercise.py 5                    take exercise 5 out; also 5-8, several numbers, or --all
+    python tests/exercise.py --grade 5            grade it; python -m pytest -m ex5 runs the same tests
+    python tests/exercise.py --solution 5         put its solution back; your own code is kept
+    python tests/exercise.py --own 5              put your own code back
+    python tests/exercise.py --diff 5             your own code beside the solution
+    python tests/exercise.py --report [DIR]       grade everything here, or in a student's folder; --json for Gradescope
+    python tests/exercise.py --student DIR 1-10   a copy to hand out, without solutions
+    python tests/exercise.py --hashes             for whoever changes a solution: write solutions.json again
 
-An exercise is the functions whose `def` line ends in the comment "# exercise 5". While it is out, tests/kept/ has its
-solution; tests/kept/own/ has whatever of your own a command has replaced.
+An exercise is the functions whose `def` line ends in "# exercise 5". solutions.json has a hash of every solution, so that
+no other code is taken for one. tests/kept/ has the solutions, your own code, and your marks.
 """
 
 import argparse
 import ast
+import contextlib
+import difflib
+import functools
+import hashlib
 import itertools
+import json
 import os
 import re
+import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = ("mora.py", "model.py", "data.py", "train.py")
-IN_PLACE, OUT, OWN = "solution in place", "taken out", "own code"
+import grading
+from grading import FILES, ROOT
+
+HANDED_OUT = ("*.py", "README.md", "LICENSE", "pytest.ini", "requirements.txt", ".gitignore", "assets/*", "tests/*.py",
+              "tests/solutions.json", "tests/EXERCISES.md")
+FOR_TEACHERS = ("test_graders.py", "test_readme.py")
+SOLUTION, OUT, OWN, LOST = "solution", "taken out", "own code", "def line missing"
 
 
 class Wrong(Exception):
     """What the user is told in one line."""
 
 
+# ---- Functions in a source -------------------------------------------------------------------------------------------
 def functions(source):
-    """{"function" or "Class.method": its text, with decorators}"""
-    lines, tree = source.split("\n"), ast.parse(source).body
-    owners = [("", tree), *((f"{node.name}.", node.body) for node in tree if isinstance(node, ast.ClassDef))]
-    return {prefix + node.name: "\n".join(lines[(node.decorator_list or [node])[0].lineno - 1:node.end_lineno])
-            for prefix, body in owners for node in body if isinstance(node, ast.FunctionDef)}
+    """{"function" or "Class.method": its text, with decorators}; found by indentation where the source is no Python."""
+    lines, found, owner = source.split("\n"), {}, ""
+    with contextlib.suppress(SyntaxError, ValueError):
+        tree = ast.parse(source).body
+        owners = [("", tree), *((f"{node.name}.", node.body) for node in tree if isinstance(node, ast.ClassDef))]
+        return {prefix + node.name: "\n".join(lines[(node.decorator_list or [node])[0].lineno - 1:node.end_lineno])
+                for prefix, body in owners for node in body if isinstance(node, ast.FunctionDef)}
+    for i, line in enumerate(lines):
+        if line[:1].strip() and line[0] not in "#)":
+            owner = f"{match[1]}." if (match := re.match(r"class (\w+)", line)) else ""
+        if match := re.match(r"(    )?def (\w+)", line):
+            indent, start, end = match[1] or "", i, i + 1
+            while lines[start - 1].startswith(f"{indent}@"):
+                start -= 1
+            while end < len(lines) and re.match(rf"\s*(#|\)|$)|{indent} ", lines[end]):
+                end += 1
+            while not lines[end - 1].strip() or re.match(rf"(?!{indent} )\s*#", lines[end - 1]):
+                end -= 1  # what stands before the next function is not this one's
+            found[(owner if indent else "") + match[2]] = "\n".join(lines[start:end])
+    return found
 
 
 def stub(text, number, name):
     """A function's text with its signature and docstring, and nothing else in its body but a NotImplementedError."""
-    node = ast.parse(textwrap.dedent(text)).body[0]
-    head = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.lineno
-    indent = " " * (len(text) - len(text.lstrip()) + 4)
+    lines = text.split("\n")
+    first = next((i for i, line in enumerate(lines) if line.lstrip().startswith("def ")), 0)
+    end = next((i + 1 for i in range(first, len(lines)) if re.search(r":\s*(#.*)?$", lines[i])), first + 1)
+    if docstring := re.match(r'\s*"""(.|\n)*?"""', "\n".join(lines[end:])):
+        end += docstring[0].count("\n") + 1
+    indent = " " * (len(lines[first]) - len(lines[first].lstrip()) + 4)
     error = f'{indent}raise NotImplementedError("exercise {number}: write {name}, as EXERCISES.md says")'
-    return "\n".join([*text.split("\n")[:head], error])
+    return "\n".join([*lines[:end], error])
 
 
-class Part:
-    """One function of an exercise: where it is, its text there, and its solution."""
-
-    def __init__(self, number, path, name, text):
-        self.path, self.name, self.text = path, name, text
-        self.kept = path.parent / "tests" / "kept" / f"{number}-{path.stem}-{name}.py"
-        self.solution = read(self.kept) if self.kept.exists() else text
-        self.stub = stub(self.solution, number, name)
-        self.state = OUT if text == self.stub else IN_PLACE if text == self.solution else OWN
-
-    def take_out(self):
-        if self.state == IN_PLACE:
-            write(self.kept, self.text)
-        self.put(self.stub)
-
-    def put_back(self):
-        if self.solution == self.stub:
-            raise Wrong(f"the solution of {self.name} is neither in {self.path.name} nor at {self.kept}: get "
-                        f"{self.path.name} from the project again")
-        self.put(self.solution)
-        self.kept.unlink(missing_ok=True)
-
-    def put(self, text):
-        """Let `text` stand in the function's place; code of the user's own is kept before."""
-        source = read(self.path)
-        if source.count(self.text) > 1:
-            raise Wrong(f"the text of {self.name} stands in {self.path.name} more than once: remove the other")
-        if self.state == OWN:
-            paths = (self.kept.parent / "own" / f"{self.kept.stem}.{i}.py" for i in itertools.count(1))
-            own = next(path for path in paths if not path.exists())
-            write(own, self.text)
-            print(f"your {self.name} is kept in {own}")
-        write(self.path, source.replace(self.text, text))
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def swap(source, name, text):
+    """The source with another text of one of its functions; unchanged if it has no such function, or has it twice."""
+    old = functions(source).get(name)
+    return source.replace(old, text) if old and source.count(old) == 1 else source
+
+
+def is_python(text):
+    try:
+        return bool(compile(textwrap.dedent(text), "", "exec"))
+    except (SyntaxError, ValueError):
+        return False
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
 def read(path):
     try:
         return path.read_text(encoding="utf-8")
@@ -85,61 +103,255 @@ def read(path):
         raise Wrong(f"{path} cannot be read: {error}") from None
 
 
+def read_json(path):
+    try:
+        return json.loads(read(path)) if path.exists() else {}
+    except ValueError:
+        raise Wrong(f"{path} is damaged: delete it") from None
+
+
 def write(path, text):
-    """Write a file with the line ends that it had, under a temporary name first, so that it is never half a file."""
-    newline = "\r\n" if path.exists() and b"\r\n" in path.read_bytes() else "\n"
+    """Write a file with the line ends and the mode that it had, under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    newline, temporary = "\n", path.with_name(f"{path.name}.tmp")
+    if path.exists():
+        newline = "\r\n" if b"\r\n" in path.read_bytes() else "\n"
+        if not os.access(path, os.W_OK):
+            raise Wrong(f"{path} is read-only")
     temporary.write_text(text, encoding="utf-8", newline=newline)
+    if path.exists():
+        shutil.copymode(path, temporary)
     os.replace(temporary, path)
 
 
-def find_exercises(root=ROOT):
-    """({number: title}, {number: parts}): titles from EXERCISES.md, parts from the comments in the sources."""
-    headings = re.findall(r"(?m)^### (\d+)\. (.+)$", read(root / "tests" / "EXERCISES.md"))
-    titles = {int(number): title for number, title in headings}
-    parts = {number: [] for number in titles}
-    for path in (root / name for name in FILES):
-        try:
-            found = functions(read(path))
-        except SyntaxError as error:
-            raise Wrong(f"{path}:{error.lineno}: {error.msg}: correct this line first") from None
-        kept = {file.stem.split("-")[2]: file for file in (root / "tests" / "kept").glob(f"*-{path.stem}-*.py")}
-        for name in kept.keys() - found.keys():
-            raise Wrong(f"{path} has no {name} any more: write its def line again, or copy all of it from {kept[name]}")
-        for name, text in found.items():
-            mark = re.search(r"(?m)^ *def .*# exercise (\d+)$", text)
-            number = int(mark[1] if mark else kept[name].stem.split("-")[0] if name in kept else 0)
-            if number in parts:
-                parts[number].append(Part(number, path, name, text))
-    return titles, parts
+# ---- A project and its exercises -------------------------------------------------------------------------------------
+class Part:
+    """One function of an exercise. `text` is what stands in the code, None where its def line is missing."""
+
+    def __init__(self, project, number, file, name, text, hashed):
+        self.project, self.number, self.file, self.name, self.text = project, number, file, name, text
+        self.key, self.hashed = f"{file} {name}", hashed
+        self.state = (LOST if text is None else SOLUTION if digest(text) == hashed else
+                      OUT if text == stub(text, number, name) else OWN)
+        self.kept = project.folder / "own" / f"{number}-{Path(file).stem}-{name}"
+
+    @functools.cached_property
+    def solution(self):
+        """The text that has the solution's hash, from the code, tests/kept, or git's last commit; or None."""
+        texts = [self.text, self.project.kept.get(self.key)]
+        if self.hashed not in [digest(text) for text in texts if text]:
+            with contextlib.suppress(OSError):
+                git = subprocess.run(["git", "show", f"HEAD:./{self.file}"], cwd=self.project.root, capture_output=True)
+                texts.append(functions(git.stdout.decode("utf-8", "replace").replace("\r\n", "\n")).get(self.name))
+        return next((text for text in texts if text and digest(text) == self.hashed), None)
+
+    @property
+    def own(self):
+        """The user's own text: what stands in the code, or else what was kept last; or None."""
+        kept = {int(path.name.split(".")[-2]): path for path in self.kept.parent.glob(f"{self.kept.name}.*.py")}
+        return self.text if self.state == OWN else read(kept[max(kept)]) if kept else None
+
+    def find(self, what):
+        """The text of the stub, the solution or the user's own code."""
+        if self.state == LOST:
+            raise Wrong(f"{self.file} has no {self.name} any more: write its def line again, or get the file anew")
+        if what == "stub":
+            return stub(self.solution or self.text, self.number, self.name)
+        if what == "own" and not self.own:
+            raise Wrong(f"you have not written {self.name} yet")
+        if what == "solution" and not self.solution:
+            raise Wrong(f"the solution of {self.name} is not here: " + (
+                f"get {self.file} from the project again" if self.project.for_teachers else "ask your teacher"))
+        return self.own if what == "own" else self.solution
+
+    def put(self, text):
+        """Let `text` stand in the function's place; code of the user's own is kept before."""
+        path = self.project.root / self.file
+        source = read(path)
+        if source.count(self.text) > 1:
+            raise Wrong(f"the text of {self.name} stands in {self.file} more than once: remove the other")
+        if self.state == OWN and text != self.text:
+            paths = (self.kept.with_name(f"{self.kept.name}.{i}.py") for i in itertools.count(1))
+            own = next(path for path in paths if not path.exists())
+            write(own, self.text)
+            print(f"your {self.name} is kept in {own}")
+        write(path, source.replace(self.text, text))
+
+    def difference(self):
+        mine, solution = (self.find(what).splitlines() for what in ("own", "solution"))
+        return "\n".join(difflib.unified_diff(mine, solution, f"your {self.name}", "the solution", n=99, lineterm=""))
+
+
+class Project:
+    """The exercises of a folder: titles, points and minutes from EXERCISES.md, functions from solutions.json."""
+
+    def __init__(self, root):
+        self.root, self.folder = root, root / "tests" / "kept"
+        heading = r"(?m)^### (\d+)\. (.+) \((\d+) points?, (\d+) minutes\)$"
+        self.exercises = {int(number): (title, int(points)) for number, title, points, _ in
+                          re.findall(heading, read(root / "tests" / "EXERCISES.md"))}
+        self.kept, self.marks = (read_json(self.folder / name) for name in ("solutions.json", "marks.json"))
+        self.for_teachers = (root / "tests" / "TEACHER.md").exists()
+        self.sources = {file: read(root / file) for file in FILES}
+        found = {file: functions(source) for file, source in self.sources.items()}
+        hashed = [(*key.split(), *value) for key, value in read_json(root / "tests" / "solutions.json").items()]
+        self.all_parts = [Part(self, number, file, name, found[file].get(name), hashed)
+                          for file, name, number, hashed in hashed]
+        self.parts = {number: [part for part in self.all_parts if part.number == number] for number in self.exercises}
+        kept = {part.key: part.solution for part in self.all_parts if part.solution}
+        if kept != self.kept:  # kept before they are asked for: the next edit may be made by hand
+            self.kept = kept
+            write(self.folder / "solutions.json", json.dumps(kept, indent=1))
+
+    def code(self, number):
+        """A hash of what stands in the code: marks are good for as long as it does."""
+        return digest("".join(part.text or "" for part in self.parts[number]))
+
+    def graded(self, number, theirs):
+        """The sources that an exercise is graded in: theirs, with the solutions of all others. Where theirs is no
+        Python, or its functions are not to be found, ours with their functions.
+        """
+        sources = {}
+        for file in FILES:
+            ours, source = self.sources[file], theirs.get(file, "")
+            found = functions(source)
+            complete = all(part.name in found for part in self.all_parts if part.file == file)
+            for part in (part for part in self.all_parts if part.file == file):
+                text = found.get(part.name) or stub(part.solution or part.text or "", part.number, part.name)
+                if part.number != number and (part.solution or not is_python(text)):
+                    text = part.solution or stub(text, part.number, part.name)
+                    source = swap(source, part.name, text)
+                ours = swap(ours, part.name, text)
+            sources[file] = source if complete and is_python(source) else ours
+        return sources
+
+
+# ---- Commands --------------------------------------------------------------------------------------------------------
+def grade(project, numbers):
+    jobs = [(number, project.graded(number, project.sources)) for number in numbers]
+    for number, tests in grading.grade(jobs, project.root).items():
+        passed = sum(not wrong for _, wrong in tests)
+        print(f"exercise {number}, {project.exercises[number][0]}: {passed} of {len(tests)} tests passed")
+        for name, wrong in tests:
+            print(f"  FAILED  {name}\n          {wrong}" if wrong else f"  passed  {name}")
+        project.marks[str(number)] = [passed, len(tests), project.code(number)]
+    write(project.folder / "marks.json", json.dumps(project.marks))
+
+
+def report(project, folder, as_json):
+    """The points of each exercise, with the solutions of all others in place; as JSON in Gradescope's form."""
+    paths = {file: [path for path in (folder / file, folder / Path(file).name) if path.exists()] for file in FILES}
+    theirs = {file: read(found[0]) for file, found in paths.items() if found}
+    if not theirs:
+        raise Wrong(f"{folder} has none of {', '.join(FILES)}")
+    found = {file: functions(source) for file, source in theirs.items()}
+    graded = grading.grade([(number, project.graded(number, theirs)) for number in project.exercises], project.root)
+    rows = []
+    for number, (title, points) in project.exercises.items():
+        states = {Part(project, number, part.file, part.name, found.get(part.file, {}).get(part.name), part.hashed).state
+                  for part in project.parts[number]}
+        wrong = [f"{test}: {what}" for test, what in graded[number] if what]
+        tests = len(graded[number])
+        rows.append({"name": f"{number}. {title}", "score": round(points * (1 - len(wrong) / tests), 2),
+                     "max_score": points, "output": "\n".join(wrong), "extra_data": {
+                         "state": next((state for state in (LOST, OUT, OWN) if state in states), SOLUTION),
+                         "passed": tests - len(wrong), "tests": tests}})
+    score, most = (round(sum(row[name] for row in rows), 2) for name in ("score", "max_score"))
+    if as_json:
+        return print(json.dumps({"score": score, "tests": rows}, indent=1))
+    for row in rows:
+        state, passed, tests = row["extra_data"].values()
+        print(f"{row['name']:40}{state:18}{passed:3} of {tests:2} tests {row['score']:6g} of {row['max_score']:2} points")
+    print(f"{score:79g} of {most} points")
+
+
+def hand_out(project, folder, numbers):
+    """A copy for students: these exercises taken out, and nothing in it that has their solutions."""
+    if folder.exists():
+        raise Wrong(f"{folder} exists already")
+    solutions = {part: part.find("solution") for part in project.all_parts}
+    for path in itertools.chain(*map(project.root.glob, HANDED_OUT)):
+        if path.name not in FOR_TEACHERS:
+            copy = folder / path.relative_to(project.root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    readme = read(folder / "README.md")
+    for part, solution in solutions.items():
+        out = stub(solution, part.number, part.name)
+        path = folder / part.file
+        write(path, swap(read(path), part.name, out if part.number in numbers else solution))
+        for link, code in re.findall(r"(\[`([^`\n]+)`\]\(\w+\.py[^)]*\))", readme):
+            if part.number in numbers and code in solution and code not in out:
+                readme = readme.replace(link, f"`{part.name}`")
+    write(folder / "README.md", readme)
+
+
+def hashes(root):
+    """solutions.json, from the marks in the sources."""
+    found = [(int(mark[1]), file, name, digest(text)) for file in FILES
+             for name, text in functions(read(root / file)).items()
+             if (mark := re.search(r"(?m)^ *def .*# exercise (\d+)$", text))]
+    found.sort(key=lambda row: row[0])
+    rows = [f'"{file} {name}": [{number}, "{hashed}"]' for number, file, name, hashed in found]
+    return "{" + ",\n ".join(rows) + "}\n"
 
 
 def main(argv=None, root=ROOT):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"exercise.py: error: {message}\n")
-    parser.add_argument("--solution", action="store_true", help="put the solution back")
-    parser.add_argument("number", nargs="*", type=int, help="of an exercise")
-    args = parser.parse_args(argv)
+    commands = parser.add_mutually_exclusive_group()
+    for name in ("grade", "solution", "own", "diff", "hashes"):
+        commands.add_argument(f"--{name}", dest="command", action="store_const", const=name)
+    commands.add_argument("--report", nargs="?", const=root, type=Path, metavar="DIR")
+    commands.add_argument("--student", type=Path, metavar="DIR")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("numbers", nargs="*", help="of exercises")
     try:
-        titles, parts = find_exercises(root)
-        if args.solution and not args.number:
-            raise Wrong("--solution needs the number of an exercise")
-        for number in args.number:
-            if number not in titles:
-                raise Wrong(f"there is no exercise {number}: they are {min(titles)} to {max(titles)}")
-            if not parts[number]:
-                raise Wrong(f"exercise {number} has nothing to take out: EXERCISES.md says what to write, and where")
-        for number in dict.fromkeys(args.number):
-            for part in parts[number]:
-                part.put_back() if args.solution else part.take_out()
-            done = IN_PLACE if args.solution else f"{OUT}; python -m pytest -m ex{number} grades what you write"
-            print(f"exercise {number}, {titles[number]}: {done}")
-        for number, title in titles.items() if not args.number else ():
-            states = {part.state for part in parts[number]}
-            print(f"{number:2}  {title:34}", next((s for s in (OWN, OUT, IN_PLACE) if s in states), "yours to begin"))
+        run(parser.parse_args(argv), root)
+    except BrokenPipeError:  # the reader has enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (Wrong, OSError) as error:
         parser.error(str(error))
+
+
+def run(args, root):
+    if args.command == "hashes":
+        return write(root / "tests" / "solutions.json", hashes(root))
+    project = Project(root)
+    known, numbers = project.exercises, []
+    for word in args.numbers:
+        if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", word)):
+            raise Wrong(f"{word!r} is neither the number of an exercise nor a range, such as 5-8")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        if not {*numbers} <= {*known}:
+            raise Wrong(f"there is no exercise {max({*numbers} - {*known})}: they are {min(known)} to {max(known)}")
+    numbers = list(known) if args.all or args.student and not numbers else list(dict.fromkeys(numbers))
+    if args.report:
+        return report(project, args.report, args.json)
+    if args.student:
+        return hand_out(project, args.student, numbers)
+    if args.command and not numbers:
+        raise Wrong(f"--{args.command} needs the number of an exercise")
+    if args.command == "grade":
+        return grade(project, numbers)
+    parts = [part for number in numbers for part in project.parts[number]]
+    if len(numbers) == 1 and not parts:
+        raise Wrong(f"exercise {numbers[0]} has nothing to take out: EXERCISES.md says what to write, and where")
+    if args.command == "diff":
+        return print("\n".join(part.difference() for part in parts))
+    texts = [part.find(args.command or "stub") for part in parts]  # before anything is changed
+    for part, text in zip(parts, texts):
+        part.put(text)
+    for number in numbers:
+        done = {"solution": "the solution is in place", "own": "your own code is in place"}.get(
+            args.command, f"taken out; python tests/exercise.py --grade {number} grades what you write")
+        print(f"exercise {number}, {known[number][0]}: {done}")
+    for number, (title, _) in known.items() if not numbers else ():
+        states = {part.state for part in project.parts[number]}
+        state = next((state for state in (LOST, OWN, OUT, SOLUTION) if state in states), "yours to begin")
+        passed, tests, code = project.marks.get(str(number), (0, 0, ""))
+        print(f"{number:2}  {title:38}{state}" + f", {passed} of {tests} tests" * (code == project.code(number)))
 
 
 if __name__ == "__main__":

@@ -1,456 +1,1205 @@
-"""The graders of EXERCISES.md, in its order: `python -m pytest -m ex5` grades exercise 5.
+"""The graders of EXERCISES.md, in its order: `python tests/exercise.py --grade 5` grades exercise 5.
 
-A few older tests that grade an exercise as well carry its mark where they stand. Each exercise is graded by what
-EXERCISES.md asks, against a slow second statement of it, and whatever comes after it may be missing. Nothing here looks
-at how the code does it.
+Each exercise is graded by what EXERCISES.md asks, against a slow second statement of it, and whatever comes after it may
+be missing. A test is one claim, so that marks mean something; what every linear map owes stands first, for all of them.
+Nothing here looks at how the code does it.
 """
 
-import argparse
+import contextlib
+import copy
+import dataclasses
 import itertools
 import math
+import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pytest import mark
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+import compare
 import data
+import measure
 import mora
 import train
-from mora import OPERATORS, DoRALinear, MoRALinear
-from test_mora import assert_close, dora, formula, kind, randn, randomise, rotation_matrix
+from mora import OPERATORS, DoRALinear, LoRALinear, MoRALinear
 
-SHAPES = [(6, 12, 2), (12, 6, 2), (13, 20, 4), (20, 13, 6), (9, 5, 4), (5, 3, 1), (7, 7, 7)]  # k, d, r̂
-
-
-@pytest.fixture(autouse=True)
-def same_random_numbers_for_every_test():
-    torch.manual_seed(0)
+SHAPES = [(6, 12, 2), (12, 6, 2), (13, 20, 4), (20, 13, 6), (9, 5, 4), (5, 3, 1), (7, 7, 7), (26, 5, 4)]  # k, d, r̂
 
 
-def make(k, d, size, operator, **options):
-    return OPERATORS[operator](k, d, size, **options)
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Exercises 2 to 7: the operators
+def assert_close(got, expected, hint, tol=1e-10):
+    """Of this shape and type, and equal up to `tol` times the largest number expected (or 1, if that is larger)."""
+    assert isinstance(got, torch.Tensor), f"{hint}: expected a tensor, got {type(got).__name__}"
+    for what in ("shape", "dtype"):
+        ours, theirs = getattr(expected, what), getattr(got, what)
+        assert theirs == ours, f"{hint}: expected {what} {tuple(ours) if what == 'shape' else ours}, got {theirs}"
+    if got.numel():
+        error = (got.double() - expected.double()).abs().nan_to_num(math.inf) / max(1, expected.double().abs().max())
+        worst = tuple(i.item() for i in torch.unravel_index(error.argmax(), error.shape))
+        assert error[worst] <= tol, (f"{hint}: expected {expected[worst]:.6g} at {worst}, got {got[worst]:.6g}, which is "
+                                     f"off by {error[worst]:.1e} of the largest number; {tol:.0e} is allowed")
 
 
-@pytest.mark.ex2
-def test_truncation():
-    for k, d, size in SHAPES:
-        operator, x, z = make(k, d, size, "truncation"), randn(2, 3, k), randn(2, 3, size)
-        kept = torch.stack([x[..., j] for j in range(size)], dim=-1)
-        assert_close(operator.compress(x), kept, f"compress keeps the first {size} of {k} inputs")
-        y = torch.stack([z[..., i] if i < size else 0 * z[..., 0] for i in range(d)], dim=-1)
-        assert_close(operator.decompress(z), y, f"decompress writes the first {size} of {d} outputs, then zeros")
+def gradients(y, inputs, upstream, what):
+    """{name: gradient} of the named inputs; a sentence where one is missing."""
+    found = torch.autograd.grad(y, [*inputs.values()], upstream, allow_unused=True, retain_graph=True) if (
+        y.requires_grad) else [None]
+    for name, gradient in zip(inputs, found):
+        assert gradient is not None, f"{what}: no gradient arrives at {name}; look for detach(), .data, no_grad() or copies"
+    return dict(zip(inputs, found))
 
 
-def sharing(k, d, size):
-    """Sharing with groups that this test deals, so that `deal` and `regroup` need not be there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OPERATORS["sharing"], "regroup", lambda self, generator=None: None)
-        operator = make(k, d, size, "sharing")
-    operator.in_group.copy_(torch.randperm(k) % size)
-    operator.out_group.copy_(torch.randperm(d) % size)
-    return operator
+@contextlib.contextmanager
+def in_place(owner, *names):
+    """What is done here keeps these tensors and their memory."""
+    before = {name: (getattr(owner, name), getattr(owner, name).data_ptr()) for name in names}
+    yield
+    for name, (tensor, pointer) in before.items():
+        assert getattr(owner, name) is tensor and tensor.data_ptr() == pointer, (
+            f"{name} is to be written in place, by copy_() or zero_(): an optimizer and a compiled model hold this very "
+            "tensor, and its memory is another now")
 
 
-@pytest.mark.ex3
-def test_sharing():
-    for k, d, size in SHAPES:
-        operator, x, z = sharing(k, d, size), randn(2, 3, k), randn(2, 3, size)
-        sums = torch.zeros(2, 3, size, dtype=x.dtype)
-        for j in range(k):
-            sums[..., operator.in_group[j]] += x[..., j]
-        assert_close(operator.compress(x), sums, f"compress adds up the inputs of each group, here {operator.in_group}")
-        y = torch.stack([z[..., operator.out_group[i]] for i in range(d)], dim=-1)
-        assert_close(operator.decompress(z), y, f"output i is a copy of z[out_group[i]], here {operator.out_group}")
-        back = torch.stack([y[..., operator.out_group == g].sum(-1) for g in range(size)], dim=-1)
-        assert_close(operator.add_up(y, operator.out_group), back, "add_up adds up by the groups that it is given")
+def check_draws(draw, what):
+    """`draw(generator)` draws at random from the generator that it is given, or from torch's own if that is None."""
+    one, same, other = (draw(generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same), f"{what}: two generators with the same seed gave different numbers"
+    assert not torch.equal(one, other), f"{what}: generators with different seeds gave the same numbers"
+    torch.manual_seed(3)
+    state, moving = torch.get_rng_state(), generator(1)
+    assert not torch.equal(draw(moving), draw(moving)), f"{what}: two draws in a row from one generator are the same"
+    assert torch.equal(state, torch.get_rng_state()), f"{what}: torch's global generator was used or seeded as well"
+    first, second = draw(None), draw(None)
+    assert not torch.equal(first, second), f"{what}: with generator=None, two draws in a row are the same"
+    torch.manual_seed(3)
+    assert torch.equal(first, draw(None)), f"{what}: generator=None is to mean torch's global generator"
 
 
-@pytest.mark.ex4
-def test_deal():
-    for features, size in [(12, 3), (7, 3), (13, 5), (31, 4), (100, 7)]:
-        operator = sharing(features, features, size)
-        for wanted in ("strided", "contiguous", "random"):
-            group, again, other = (operator.deal(features, wanted, generator(seed)) for seed in (1, 1, 2))
-            assert group.shape == (features,) and group.dtype == torch.long, "a whole number for each index"
-            assert 0 <= group.min() and group.max() < size, f"groups are numbered from 0 to {size - 1}, got {group}"
-            assert kind(group, size) == wanted, f"{features} indices in {size} groups, {wanted}: got {group}"
-            assert torch.equal(group, again), "the same generator dealt other groups: runs could not be repeated"
-            assert wanted != "random" or not torch.equal(group, other), "another generator dealt the same groups"
-
-
-@pytest.mark.ex5
-def test_decoupling_cuts_the_inputs_into_rows():
-    for k, d, size in SHAPES:
-        operator, x = make(k, d, size, "decoupling"), randn(2, 3, k)
-        rows = torch.zeros(2, 3, math.ceil(k / size), size, dtype=x.dtype)
-        for j in range(k):
-            rows[..., j // size, j % size] = x[..., j]
-        hint = f"{k} inputs in rows of {size}, zeros at the end of the last: input j is in row j // r̂, place j % r̂"
-        assert_close(operator.compress(x), rows, hint)
-        operator.rotate = lambda rows, back=False: -rows
-        assert_close(operator.compress(x), -rows, "the rows pass through `rotate`, by which Rotation turns them")
-
-
-@pytest.mark.ex6
-@pytest.mark.parametrize("fold", [False, True])
-def test_decoupling_lays_the_rows_side_by_side(fold):
-    for k, d, size in [*SHAPES, (5, 26, 4), (26, 5, 4), (23, 4, 3)]:
-        n = math.ceil(k / size)
-        operator, z = make(k, d, size, "decoupling", fold=fold), randn(2, 3, n, size)
-        y = torch.zeros(2, 3, d, dtype=z.dtype)
-        for i in range(max(d, n * size) if fold else d):
-            y[..., i % d] += z[..., i % (n * size) // size, i % size]
-        what = "repeated" if d > n * size else "folded" if fold else "cut"
-        assert_close(operator.decompress(z), y, f"{n} rows of {size} make {n * size} numbers, {what} for {d} outputs")
-
-
-@pytest.mark.ex6
-def test_tile_and_fold_change_a_length():
-    for length, wanted in [(5, 12), (5, 10), (5, 6), (5, 5), (12, 5)]:
-        y = randn(2, 3, length)
-        tiled = torch.stack([y[..., i % length] for i in range(wanted)], dim=-1)
-        assert_close(mora.tile(y, wanted), tiled, f"tile {length} numbers to {wanted}")
-        if length > wanted:
-            folded = torch.stack([y[..., i::wanted].sum(-1) for i in range(wanted)], dim=-1)
-            assert_close(mora.fold(y, wanted), folded, f"fold {length} numbers to {wanted}")
-
-
-@pytest.mark.ex7
-def test_rotation_turns_row_i_by_i_times_theta():
-    for k, d, size in SHAPES:
-        operator, x = make(k, d, size, "rotation"), randn(2, 3, k)
-        rows = F.pad(x, (0, -k % size)).view(2, 3, -1, size)
-        turned = torch.stack([rows[..., i, :] @ rotation_matrix(size, i).T for i in range(rows.shape[-2])], dim=-2)
-        hint = f"{k} inputs in rows of {size}; row 0 stays, row i turns by i θ_j"
-        assert_close(operator.compress(x), turned, hint, tol=1e-6)
-        first, back = operator.rotate(turned[..., :1, :]), operator.rotate(turned, back=True)
-        assert_close(first, turned[..., :1, :], "rotate, of fewer rows: the first angles are theirs", tol=1e-6)
-        assert_close(back, rows, "back=True turns the other way, so that nothing is left of a rotation", tol=1e-6)
-        assert not operator.state_dict(), "the angles follow from the shape: no state dict needs their tables"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Exercises 8 to 13: the layers
-
-
+# ---- Layers and operators, made so that the functions of later exercises may be missing -------------------------------
 class Dense(mora.Adapter):
     """An adapter whose ΔW is a parameter, W: what all adapters share can be seen with it alone."""
 
-    def __init__(self, linear, dropout=0.0):
-        super().__init__(linear, rank=1, dropout=dropout)
+    def __init__(self, linear, rank=1, dropout=0.0):
+        super().__init__(linear, rank, dropout)
         self.W = self.new_parameter(self.out_features, self.in_features)
-        nn.init.normal_(self.W)
 
     def update(self, x):
         return F.linear(x, self.W.to(x.dtype))
 
-    def reset(self, generator=None):
-        self.W.data.zero_()
-        self.generator = generator
+
+def build(kind, k, d, rank=2, bias=True, dtype=torch.float64, **options):
+    """A layer of a class, at random, since what begins at zero hides mistakes; it may not ask exercise 5 for r̂."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mora, "square_size", lambda k, d, rank: rank)
+        return randomise(kind(nn.Linear(k, d, bias, dtype=dtype), rank, **options))
 
 
-def dense(k, d, dropout=0.0, bias=True, dtype=torch.float64):
-    return Dense(nn.Linear(k, d, bias, dtype=dtype), dropout)
+def randomise(module):
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    return module
 
 
-@pytest.mark.ex8
-def test_forward_adds_the_update():
-    layer, x = dense(5, 7), randn(2, 3, 5)
-    expected = x @ (layer.linear.weight + layer.W).T + layer.linear.bias
+def operator(name, k, d, size):
+    """An operator; sharing has groups that are drawn here, not by `assign` and `regroup`."""
+    name, *fold = name.split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mora.Sharing, "regroup", lambda self, generator=None: None)
+        made = OPERATORS[name](k, d, size, **({"fold": True} if fold else {}))
+    if name == "sharing":
+        made.in_group.copy_(torch.randperm(k) % size)
+        made.out_group.copy_(torch.randperm(d) % size)
+    return made
+
+
+class TwoRows(mora.Operator):
+    """x, and x backwards, each through M, and the outputs added: an operator that is none of the project's."""
+
+    def compress(self, x):
+        x = x[..., torch.arange(self.size, device=x.device) % self.in_features]
+        return torch.stack([x, x.flip(-1)], dim=-2)
+
+    def decompress(self, z):
+        return z.sum(-2)[..., torch.arange(self.out_features, device=z.device) % self.size]
+
+
+VARIANTS = ["truncation", "sharing", "decoupling", "decoupling fold", "rotation", "rotation fold"]
+every_variant = mark.parametrize("name", [*VARIANTS, "two rows"])
+
+
+def variant(name, k, d, size=4):
+    return TwoRows(k, d, size) if name == "two rows" else operator(name, k, d, size)
+
+
+def matrix(operator, M):
+    """ΔW (d, k), column by column, as Eq. 2 has it."""
+    units = torch.eye(operator.in_features, dtype=M.dtype)
+    return torch.stack([(operator.decompress(operator.compress(unit) @ M.T)) for unit in units], dim=1)
+
+
+def outer(upstream, x):
+    """The gradient of ΔW: gᵀ x, summed over tokens."""
+    return upstream.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+# ---- What a linear map owes: exercises 1, 2, 6, 7, 9 to 14, and 24 ----------------------------------------------------
+OWN = [name for name in OPERATORS if name not in VARIANTS]  # what you wrote in exercise 24
+MAPS = {1: ["LoRA update"], 2: ["Dense forward"], 6: ["truncation compress", "truncation decompress"],
+        7: ["sharing compress", "sharing decompress"],
+        9: ["decoupling compress", "wide decoupling compress", "wide decoupling fold compress"],
+        10: ["decoupling decompress", "wide decoupling decompress", "wide decoupling fold decompress"],
+        11: ["rotation compress", "rotation rotate"], 12: ["sharing forward", "rotation forward"], 13: ["DoRA forward"],
+        14: ["sharing merged", "wide rotation fold merged"],
+        24: [f"{name} {method}" for name in OWN for method in ("compress", "decompress", "forward", "merged")]}
+
+
+def maps(*numbers):
+    return mark.parametrize("name", [pytest.param(name, marks=getattr(mark, f"ex{number}"))
+                                     for number in numbers for name in MAPS[number]])
+
+
+def linear_map(name, dtype=torch.float64, k=13, d=20, size=4):
+    """(module, function of it and x, shape of a vector) of a map that an exercise asks for."""
+    *kind, method = name.removeprefix("wide ").split()
+    k, d = (d, k) if name.startswith("wide") else (k, d)
+    if layer := {"LoRA": LoRALinear, "DoRA": DoRALinear, "Dense": Dense}.get(kind[0]):
+        return build(layer, k, d, bias=False, dtype=dtype), lambda module, x: getattr(module, method)(x), (k,)
+    if kind[0] in OWN:
+        made = MoRALinear(nn.Linear(k, d), 2, kind[0]).operator
+        size, shape = made.size, made.compress(torch.zeros(k)).shape
+    else:
+        made = operator(" ".join(kind), k, d, size)
+        shape = (made.rows, size) if hasattr(made, "rows") else (size,)
+    if method in ("compress", "decompress", "rotate"):
+        return made, lambda module, x: getattr(module, method)(x), (k,) if method == "compress" else shape
+    made.M, made.W = nn.Parameter(torch.randn(size, size)), nn.Parameter(randn(d, k).to(dtype))
+    return made, (lambda module, x: module(x, module.M)) if method == "forward" else (
+        lambda module, x: mora.MergedProduct.apply(x, module.M, module.W, None, module)), (k,)
+
+
+@maps(*MAPS)
+def test_any_number_of_dimensions_may_come_first(name):
+    module, f, shape = linear_map(name)
+    x = randn(2, 3, 2, *shape)
+    y = f(module, x)
+    assert_close(f(module, x[1, 2, 0]), y[1, 2, 0], "one vector alone, and the same one in a batch")
+    assert_close(f(module, x[1]), y[1], "a batch (3, 2), and the same one in a batch (2, 3, 2)")
+    for empty in (x[:0], x[:, :0]):
+        assert_close(f(module, empty), y[:len(empty), :empty.shape[1]], f"an empty batch {tuple(empty.shape)}")
+
+
+@maps(*MAPS)
+def test_the_type_of_x_is_kept(name):
+    for dtype, tol in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        module, f, shape = linear_map(name, dtype)
+        x = randn(3, *shape).to(dtype)
+        y, exact = f(module, x), f(copy.deepcopy(module).double(), x.double())
+        assert y.dtype == dtype, f"x is {dtype}, and the result {y.dtype}: bring what meets x to x's type"
+        assert_close(y.double(), exact, f"in {dtype}, compared with float64", tol)
+    module, f, shape = linear_map(name, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = f(module, torch.randn(3, *shape)).dtype
+    expected = torch.bfloat16 if name.split()[-1] in ("update", "forward", "merged") else torch.float32
+    assert got == expected, f"under autocast to bfloat16, {expected} is expected of float32, as of nn.Linear; got {got}"
+
+
+@maps(*MAPS)
+def test_x_stays_what_it_is(name):
+    module, f, shape = linear_map(name)
+    x = randn(2, 3, *shape)
+    before, y = x.clone(), f(module, x).clone()
+    assert torch.equal(x, before), "x itself was changed; the caller still needs it"
+    assert_close(f(module, x), y, "the same x a second time")
+
+
+@maps(*MAPS)
+def test_the_gradient_of_x(name):
+    module, f, shape = linear_map(name)
+    x = randn(2, 3, *shape).requires_grad_()
+    y = f(module, x)
+    upstream = randn(*y.shape)
+    gradient = gradients(y, {"x": x}, upstream, name)["x"]
+    for v in randn(3, *x.shape):
+        got, expected = (gradient * v).sum(), (f(module, v) * upstream).sum().detach()
+        assert_close(got, expected, "<gradient, v> is to be <upstream, f(v)> for any v, as f is linear")
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations between tensors on the CPU and on the meta device, which stands for a GPU here."""
+
+    FINE = (torch.ops.aten.index.Tensor, torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()}
+        assert len(devices) < 2 or function in self.FINE, (
+            f"{function} meets a tensor on the CPU, and x is on another device: make new tensors with device=x.device")
+        return function(*args, **kwargs or {})
+
+
+def on_another_device(module, f, expected):
+    """`f` gives a result of this shape on the device of the module."""
+    with pytest.MonkeyPatch.context() as patch, OneDevice():
+        patch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # which knows no meta device
+        try:
+            y = f(module.to("meta"))
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta tensor" in str(error):
+                return  # it looks at the numbers, which a GPU has
+            raise
+    got = y.device.type, tuple(y.shape)
+    assert got == ("meta", expected), f"on another device (here meta), expected {expected} there, got {got}"
+
+
+@maps(*MAPS)
+def test_any_device_will_do(name):
+    module, f, shape = linear_map(name)
+    expected = f(module, randn(2, 3, *shape)).shape
+    on_another_device(module, lambda module: f(module, randn(2, 3, *shape).to("meta")), tuple(expected))
+
+
+# ---- Exercises 1 to 4: LoRA, and what every adapter does ---------------------------------------------------------------
+@mark.ex1
+def test_lora_begins_as_zero():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mora, "square_size", lambda k, d, rank: rank)
+        layer = LoRALinear(nn.Linear(400, 30), 4, dropout=0.25)
+    got = tuple(layer.A.shape), tuple(layer.B.shape)
+    assert got == ((4, 400), (30, 4)), f"A is r x k and B is d x r: expected (4, 400) and (30, 4), got {got}"
+    assert layer.A.any(), "A begins at random: if A and B are both zero, neither has a gradient, ever"
+    assert not layer.B.any(), "B begins at zero, so that ΔW is zero and training begins from the model as it is"
+    assert layer.dropout.p == 0.25, f"dropout=0.25 is for Adapter's __init__, and here it is {layer.dropout.p}"
+
+
+@mark.ex1
+def test_A_is_uniform_within_one_by_the_root_of_k():
+    layer = build(LoRALinear, 400, 8, 8)
+    for what, A in ((f"random_A(){' after reset()' * i}", [layer.random_A(), (layer.reset(), layer.A)[1]][i]) for i in (0, 1)):
+        assert 0.049 < A.abs().max() <= 0.05, f"{what}: within 1 / sqrt(400) = 0.05, and it reaches {A.abs().max():.4g}"
+        assert abs(A.std() - 0.0289) < 0.002, f"{what}: the deviation of uniform numbers is 0.0289, and here {A.std():.4g}"
+
+
+@mark.ex1
+def test_what_trains_in_lora_and_in_what_type():
+    for dtype, own in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        for train_A, expected in ((True, {"A", "B"}), (False, {"B"})):
+            layer = build(LoRALinear, 13, 20, dtype=dtype, train_A=train_A)
+            trains = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+            assert trains == expected, f"with train_A={train_A}, expected {expected} to train, got {trains}"
+            assert "A" in dict(layer.named_parameters()), "A is a parameter of the layer, also where it does not train"
+            got = {layer.A.dtype, layer.B.dtype}
+            assert got == {own}, f"for a {dtype} layer A and B are {own}, got {got}"
+
+
+@mark.ex1
+@mark.parametrize("options, scaling", [({}, 2), ({"alpha": 3}, 0.75), ({"alpha": 0}, 0), ({"alpha": 3, "rslora": True}, 1.5)])
+def test_the_update_is_scaled(options, scaling):
+    layer = build(LoRALinear, 7, 5, 4, **options)
+    got = layer.update(torch.eye(7, dtype=torch.float64)).T
+    assert_close(got, scaling * layer.B @ layer.A, f"with {options} at r = 4, ΔW is {scaling} B A")
+    assert layer.scaling == scaling, f"with {options} at r = 4, expected self.scaling {scaling}, got {layer.scaling}"
+
+
+@mark.ex1
+def test_A_and_B_learn():
+    layer, x, upstream = build(LoRALinear, 13, 20), randn(2, 3, 13), randn(2, 3, 20)
+    found = gradients(layer.update(x), {"A": layer.A, "B": layer.B}, upstream, "update")
+    assert_close(found["A"], 2 * layer.B.T @ outer(upstream, x), "the gradient of A")
+    assert_close(found["B"], 2 * outer(upstream, x) @ layer.A.T, "the gradient of B")
+
+
+@mark.ex1
+def test_loras_reset():
+    layer = build(LoRALinear, 13, 20)
+    with in_place(layer, "A", "B"):
+        layer.reset(generator(1))
+    assert not layer.B.any(), "reset() makes B zero again"
+    assert_close(layer.A, layer.random_A(generator(1)), "A after reset(generator) is drawn anew, from the generator")
+    check_draws(lambda a: layer.random_A(a).clone(), "random_A")
+    check_draws(lambda a: (layer.reset(a), layer.A.detach().clone())[1], "reset")
+
+
+@mark.ex2
+@mark.parametrize("bias", [True, False])
+def test_forward_adds_the_update(bias):
+    layer, x, upstream = build(Dense, 5, 7, bias=bias), randn(2, 3, 5), randn(2, 3, 7)
+    expected = x @ (layer.linear.weight + layer.W).T + (layer.linear.bias if bias else 0)
     for training in (True, False):
-        assert_close(layer.train(training)(x), expected, f"W0 x + bias + ΔW x, training = {training}")
+        y = layer.train(training)(x)
+        assert_close(y, expected, f"W0 x + bias + ΔW x, training = {training}")
+        assert_close(gradients(y, {"ΔW": layer.W}, upstream, "forward")["ΔW"], outer(upstream, x), "the gradient of ΔW")
 
 
-@pytest.mark.ex8
-def test_dropout_is_for_the_updates_input_in_training():
-    layer, x = dense(5, 7, dropout=1.0), randn(2, 3, 5)
+@mark.ex2
+def test_dropout_is_for_the_update_only():
+    layer, x = build(Dense, 5, 7, dropout=1.0), randn(2, 3, 5)
     frozen = x @ layer.linear.weight.T + layer.linear.bias
     assert_close(layer.train()(x), frozen, "with all of the update's input dropped, the frozen layer's output is left")
     assert_close(layer.eval()(x), frozen + x @ layer.W.T, "eval() knows no dropout")
-    layer, ones = dense(5, 7, dropout=0.5).train(), torch.ones(2000, 5, dtype=torch.float64)
-    mean = (layer(ones) - layer.linear(ones)).mean(0)
-    assert_close(mean, layer.W.sum(1), "what is not dropped is scaled up, so that the mean stays", tol=0.2)
 
 
-@pytest.mark.ex8
-def test_moras_update_has_M_between_the_operators():
-    for name, (k, d) in itertools.product(("truncation", "decoupling", "rotation"), [(13, 20), (20, 13), (12, 12)]):
-        layer, x = randomise(MoRALinear(nn.Linear(k, d, dtype=torch.float64), 2, name)), randn(2, 3, k)
-        W = formula(name, layer.M, k, d, layer.operator)
-        assert_close(layer.update(x), x @ W.T, f"update: {name}, {k} to {d}", tol=1e-6)
-        expected = x @ (layer.linear.weight + W).T + layer.linear.bias
-        gradient, = torch.autograd.grad(expected.square().sum(), layer.M)
-        for training in (True, False):
-            y = layer.train(training)(x)
-            assert_close(y, expected, f"{name}, {k} to {d}, training = {training}", tol=1e-6)
-            got, = torch.autograd.grad(y.square().sum(), layer.M)
-            assert_close(got, gradient, f"{name}, {k} to {d}, training = {training}: gradient of M", tol=1e-6)
+@mark.ex2
+def test_dropout_drops_inputs_and_once():
+    layer, x = build(Dense, 5, 7, dropout=0.5).train(), torch.eye(5, dtype=torch.float64).repeat(100, 1)
+    y = layer(x) - layer.linear(x)  # of an input that is 1: nothing at all, or twice its column of ΔW
+    kept = y.abs().sum(1) > 1e-9
+    assert_close(y[kept], 2 * x[kept] @ layer.W.T, "what is kept of the update's input is doubled at p = 0.5")
+    assert 180 < kept.sum() < 320, f"at p = 0.5 about 250 of 500 inputs are kept, and here {int(kept.sum())}"
 
 
-@pytest.mark.ex9
+@mark.ex3
 def test_delta_weight_is_the_updates_matrix():
-    for k, d in [(5, 7), (7, 5), (6, 6)]:
-        layer = dense(k, d, dropout=1.0)
-        for training in (True, False):
-            hint = f"ΔW of {k} inputs and {d} outputs, without W0, bias and dropout, training = {training}"
-            assert_close(layer.train(training).delta_weight(), layer.W, hint)
-    layer = dense(5, 7, dtype=torch.bfloat16)
-    for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            got = layer.delta_weight()
-        assert got.dtype == torch.float32, f"ΔW of a bfloat16 layer is float32 (autocast {autocast}), not {got.dtype}"
-        assert torch.equal(got, layer.W), f"ΔW was rounded to bfloat16 on its way (autocast {autocast})"
+    for (k, d), training in itertools.product([(5, 7), (7, 5), (6, 6)], (True, False)):
+        layer = build(Dense, k, d, dropout=1.0).train(training)
+        hint = f"ΔW of {k} inputs and {d} outputs, without W0, bias and dropout, training = {training}"
+        assert_close(layer.delta_weight(), layer.W, hint)
+        assert layer.training == layer.dropout.training == training, "the mode of the layer was changed"
 
 
-@pytest.mark.ex10
-@pytest.mark.parametrize("bias", [True, False])
+@mark.ex3
+@mark.parametrize("autocast", [False, True])
+def test_delta_weight_is_not_rounded(autocast):
+    layer = build(Dense, 5, 7, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert_close(layer.delta_weight(), layer.W, f"ΔW of a bfloat16 layer in float32, autocast = {autocast}", tol=0)
+
+
+@mark.parametrize("method", [pytest.param("delta_weight", marks=mark.ex3), pytest.param("merged_weight", marks=mark.ex4),
+                             pytest.param("merge", marks=mark.ex4)])
+def test_an_adapter_on_any_device(method):
+    def f(layer):
+        result = getattr(layer, method)()
+        return result.weight if method == "merge" else result
+
+    on_another_device(build(Dense, 5, 7), f, (7, 5))
+
+
+@mark.ex4
+@mark.parametrize("bias", [True, False])
 def test_merge_makes_a_plain_layer(bias):
-    layer, x = dense(5, 7, dropout=1.0, bias=bias).train(), randn(2, 3, 5)
-    expected = x @ (layer.linear.weight + layer.W).T + (layer.linear.bias if bias else 0)
-    before = {name: tensor.clone() for name, tensor in layer.named_parameters()}
+    layer, x = build(Dense, 5, 7, bias=bias, dropout=1.0).train(), randn(2, 3, 5)
     merged = layer.merge()
-    assert type(merged) is nn.Linear, f"an nn.Linear is wanted, not {type(merged).__name__}"
+    assert type(merged) is nn.Linear, f"an nn.Linear is wanted, got {type(merged).__name__}"
+    assert (merged.bias is not None) == bias, f"the layer {'has a' if bias else 'has no'} bias; got {merged.bias}"
+    expected = x @ (layer.linear.weight + layer.W).T + (layer.linear.bias if bias else 0)
     assert_close(merged(x), expected, "the merged layer computes W0 x + ΔW x, and the bias if there is one")
-    for parameter in merged.parameters():
+    trains = [name for name, parameter in merged.named_parameters() if parameter.requires_grad]
+    assert not trains, f"the merged layer is frozen, as W0 is; here {trains} would train"
+
+
+@mark.ex4
+def test_merge_shares_nothing_with_the_layer():
+    layer = build(Dense, 5, 7)
+    before = copy.deepcopy(layer.state_dict())
+    for parameter in layer.merge().parameters():
         parameter.data.fill_(9)
-    for name, parameter in layer.named_parameters():
-        assert torch.equal(parameter, before[name]), f"merge() changed {name} of the layer, or shares its memory"
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"merge() changed {name} of the layer, or shares its memory"
 
 
-@pytest.mark.ex10
-def test_merging_rounds_once():
-    layer = dense(40, 30, dtype=torch.bfloat16)
+@mark.ex4
+@mark.parametrize("autocast", [False, True])
+def test_merging_rounds_once(autocast):
+    layer = build(Dense, 40, 30, dtype=torch.bfloat16)
     layer.W.data.mul_(0.01)
     expected = (layer.linear.weight.float() + layer.W).bfloat16()
-    for got in (layer.merged_weight(), layer.merge().weight):
-        assert got.dtype == torch.bfloat16, f"the merged weight has W0's type, bfloat16, not {got.dtype}"
-        assert torch.equal(got, expected), "add W0 and ΔW in float32, and round the sum: rounding ΔW first loses bits"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for got in (layer.merged_weight(), layer.merge().weight):
+            assert_close(got, expected, "W0 and ΔW are added in float32, and the sum is rounded once", tol=0)
 
 
-@pytest.mark.ex11
-def test_lora_begins_with_a_random_A_and_no_B():
-    for method, trains in dict(lora={"A", "B"}, asylora={"B"}).items():
-        layer = mora.METHODS[method](nn.Linear(400, 30), 4)
-        assert (layer.A.shape, layer.B.shape) == ((4, 400), (30, 4)), "A is r x k, B is d x r"
-        assert layer.A.any() and not layer.B.any(), "A begins at random and B at zero, so that ΔW is zero"
-        assert {name for name, p in layer.named_parameters() if p.requires_grad} == trains, f"what trains in {method}"
-        A, B = layer.A, layer.B
-        drawn = []
-        for seed in (1, 1, 2):
-            randomise(layer).reset(generator(seed))
-            assert layer.A is A and layer.B is B, "reset() works in place: the optimizer holds these very tensors"
-            assert not B.any(), "reset() makes B zero"
-            drawn.append(A.clone())
-        assert torch.equal(drawn[0], drawn[1]), "A is drawn from the generator: the same seed drew another one"
-        assert not torch.equal(drawn[1], drawn[2]), "reset() draws a new A: another seed drew the same one"
+# ---- Exercises 5 to 12: MoRA -------------------------------------------------------------------------------------------
+@mark.ex5
+def test_square_size():
+    hint = "r̂ = sqrt((768 + 768) 8) = 110.85 is rounded down: rounded up, M would have more parameters than LoRA"
+    got = mora.square_size(768, 768, 8)
+    assert got == 110 and isinstance(got, int), f"{hint}; got {got!r}"
+    for k, d, r in itertools.product(range(1, 40, 3), range(1, 40, 3), (1, 2, 3, 7, 8, 50)):
+        got, most = mora.square_size(k, d, r), min(k, d)
+        while most**2 > (k + d) * r:
+            most -= 1
+        assert got == most, f"k = {k}, d = {d}, r = {r}: LoRA has {(k + d) * r} parameters; expected {most}, got {got}"
 
 
-@pytest.mark.ex12
-def test_dora_begins_as_the_layer_it_wraps():
-    linear, x = nn.Linear(5, 8, dtype=torch.float64), randn(2, 3, 5)
-    layer = DoRALinear(linear, 2)
-    assert_close(layer.magnitude, linear.weight.norm(dim=1), "magnitude begins as the length of each row of W0")
-    assert_close(layer(x), linear(x), "a DoRA layer begins as the layer that it wraps")
-    randomise(layer).reset(generator(0))
-    assert_close(layer.magnitude, linear.weight.norm(dim=1), "magnitude after reset()")
-    assert_close(layer.delta_weight(), torch.zeros(8, 5), "ΔW after reset()")
+@mark.ex5
+@mark.parametrize("rank", [0, -1, 1.5])
+def test_what_is_no_rank_is_refused(rank):
+    with contextlib.suppress(ValueError):
+        pytest.fail(f"square_size(8, 8, {rank}) is to raise a ValueError, and returns {mora.square_size(8, 8, rank)}")
 
 
-@pytest.mark.ex12
+def fold_or_cut(o, i, j):
+    length = o.rows * o.size
+    return j % o.out_features == i if o.fold and length > o.out_features else i % length == j
+
+
+ENTRIES = {  # whether there is a 1 at (i, j) of the map's matrix, and what is said of one that differs
+    "truncation compress": (lambda o, i, j: i == j, "the first r̂ inputs"),
+    "truncation decompress": (lambda o, i, j: i == j, "the first r̂ outputs, then zeros"),
+    "sharing compress": (lambda o, i, j: o.in_group[j] == i, "the inputs of each group are added up"),
+    "sharing decompress": (lambda o, i, j: o.out_group[i] == j, "output i is a copy of z[out_group[i]]"),
+    "decoupling compress": (lambda o, i, j: i == j, "input j is in row j // r̂, place j % r̂; zeros fill the last row"),
+    "decoupling decompress": (fold_or_cut, "the rows side by side, repeated if they are too few, else cut, or folded")}
+
+
+@mark.parametrize("name, fold", [pytest.param(name, fold, marks=getattr(mark, f"ex{number}")) for number in (6, 7, 9, 10)
+                                 for name in MAPS[number] if name in ENTRIES for fold in {"", " fold" * (number > 8)}])
+def test_the_map_of_an_operator(name, fold):
+    (entry, hint), (kind, method) = ENTRIES[name], name.split()
+    for k, d, size in SHAPES:
+        o = operator(kind + fold, k, d, size)
+        rows = [o.rows, size] if kind == "decoupling" else [size]
+        before, after = ([k], rows) if method == "compress" else (rows, [d])
+        x = randn(2, 3, *before)
+        ones = [[float(entry(o, i, j)) for j in range(math.prod(before))] for i in range(math.prod(after))]
+        expected = (x.flatten(2) @ torch.tensor(ones, dtype=x.dtype).T).unflatten(-1, after)
+        assert_close(getattr(o, method)(x), expected, f"{hint}; here k = {k}, d = {d}, r̂ = {size}{fold}")
+
+
+@mark.ex8
+@mark.parametrize("kind", ["strided", "contiguous", "random"])
+def test_assign(kind):
+    for features, size in [(12, 3), (7, 3), (13, 5), (31, 4), (100, 7), (5, 5), (4, 1)]:
+        group = operator("sharing", features, features, size).assign(features, kind, None)
+        what, got = f"{features} indices in {size} groups, {kind}", group.tolist()
+        assert group.shape == (features,), f"{what}: expected shape ({features},), got {tuple(group.shape)}"
+        assert group.dtype == torch.long, f"{what}: expected whole numbers, torch.long, got {group.dtype}"
+        assert 0 <= min(got) and max(got) < size, f"{what}: they are numbered from 0 to {size - 1}, got {got}"
+        lengths = [got.count(i) for i in range(size)]
+        assert max(lengths) - min(lengths) <= 1, f"{what}: their lengths differ by one at most, got {lengths}"
+        expected = [i % size for i in range(features)] if kind == "strided" else sorted(got)
+        assert kind == "random" or got == expected, f"{what}: expected {expected}, got {got}"
+
+
+@mark.ex8
+def test_random_groups_are_drawn_from_the_generator():
+    o = operator("sharing", 31, 31, 4)
+    check_draws(lambda a: o.assign(31, "random", a), "random groups")
+
+
+@mark.ex8
+def test_random_groups_are_random():
+    o, a = operator("sharing", 12, 12, 3), generator(0)
+    groups = torch.stack([o.assign(12, "random", a) for _ in range(600)])
+    together = (groups[:, :, None] == groups[:, None]).double().mean(0)[torch.triu(torch.ones(12, 12), 1).bool()]
+    for what, share in (("least", together.min()), ("most", together.max())):
+        assert abs(share - 3 / 11) < 0.1, (f"two of 12 indices share one of 3 groups in 27% of all draws; the pair that "
+                                           f"does so {what} often does in {share:.0%} of 600")
+    first = (groups == 0).double().mean(0)
+    assert (first - 1 / 3).abs().max() < 0.1, f"each index is in group 0 in a third of all draws, got {first.tolist()}"
+
+
+@mark.ex9
+def test_the_rows_pass_through_rotate():
+    o, x = operator("decoupling", 13, 20, 4), randn(2, 3, 13)
+    expected = -3 * o.compress(x)
+    o.rotate = lambda rows: -3 * rows
+    assert_close(o.compress(x), expected, "the rows pass through self.rotate once, by which Rotation rotates them")
+
+
+def rotation_matrix(size, i):
+    """Eq. 9: coordinates j and j + r̂/2 are a pair, and its angle is i θ_j."""
+    R, half = torch.eye(size, dtype=torch.float64), size // 2
+    for j in range(half):
+        angle = i * 10000 ** (-2 * j / size)
+        R[j, j], R[j, j + half] = math.cos(angle), -math.sin(angle)
+        R[j + half, j], R[j + half, j + half] = math.sin(angle), math.cos(angle)
+    return R
+
+
+@mark.ex11
+@mark.parametrize("k, size", [(8, 2), (20, 4), (40, 6), (13, 5), (5, 1), (60, 20)])
+def test_rotation_turns_row_i_by_i_times_theta(k, size):
+    o = operator("rotation", k, k, size)
+    rows = randn(2, 3, o.rows, size)
+    turned = torch.stack([rows[..., i, :] @ rotation_matrix(size, i).T for i in range(o.rows)], dim=-2)
+    assert_close(o.rotate(rows), turned, f"{o.rows} rows of {size}: row 0 stays, row i turns by i θ_j", tol=1e-6)
+
+
+@mark.ex11
+def test_rotations_tables():
+    o, rows = operator("rotation", 40, 40, 6), randn(7, 6)
+    assert not o.state_dict(), f"persistent=False keeps the tables out of the state dict, got {[*o.state_dict()]}"
+    before = o.rotate(rows)
+    assert_close(o.bfloat16().rotate(rows), before, "after .bfloat16() the tables are as exact as before", tol=1e-6)
+    o.make_tables("meta")
+    assert o.cos.device.type == o.sin.device.type == "meta", "make_tables(device) makes cos and sin on the device"
+
+
+@mark.ex12
+@every_variant
+def test_M_stands_between_the_operators(name):
+    for k, d in [(13, 20), (20, 13), (12, 12)]:
+        o, M, x = variant(name, k, d), randn(4, 4), randn(2, 3, k)
+        assert_close(o(x, M), x @ matrix(o, M).T, f"decompress(M compress(x)), {k} to {d}")
+
+
+@mark.ex12
+@every_variant
+def test_M_learns(name):
+    o, x, upstream = variant(name, 13, 20), randn(2, 3, 13), randn(2, 3, 20)
+    units = torch.eye(16, dtype=torch.float64).view(16, 4, 4)
+    expected = torch.stack([(matrix(o, unit) * outer(upstream, x)).sum() for unit in units]).view(4, 4)
+    for what, M in (("at random", randn(4, 4)), ("at zero, where it begins", 0 * randn(4, 4))):
+        found = gradients(o(x, M.requires_grad_()), {"M": M}, upstream, f"M {what}")["M"]
+        assert_close(found, expected, f"the gradient of M {what}")
+
+
+# ---- Exercises 13 and 14: DoRA, and the merged forward -----------------------------------------------------------------
+def dora_formula(layer, x, dropped):
+    """magnitude · V x / ‖V‖ + bias, where the length of V's rows counts as a constant; V = W0 + (alpha / r) B A."""
+    W, BA = layer.linear.weight, 2 * layer.B @ layer.A
+    y = layer.magnitude / (W + BA).norm(dim=1).detach() * (x @ W.T + dropped @ BA.T)
+    return y if layer.linear.bias is None else y + layer.linear.bias
+
+
+@mark.ex13
+def test_dora_is_the_formula():
+    layer, x, upstream = build(DoRALinear, 5, 8), randn(2, 5).requires_grad_(), randn(2, 8)
+    assert_close(layer.direction(), layer.linear.weight + 2 * layer.B @ layer.A, "direction() is V")
+    y, expected = layer(x), dora_formula(layer, x, x)
+    assert_close(y, expected, "the outputs")
+    inputs = {"x": x, "A": layer.A, "B": layer.B, "magnitude": layer.magnitude}
+    found, wanted = (gradients(outputs, inputs, upstream, "forward") for outputs in (y, expected))
+    for name in inputs:
+        assert_close(found[name], wanted[name], f"the gradient of {name}; the length of V's rows counts as a constant")
+
+
+@mark.ex13
 def test_dora_drops_only_what_goes_through_A_and_B():
-    layer, x = randomise(DoRALinear(nn.Linear(5, 8, dtype=torch.float64), 2, dropout=1.0)), randn(2, 3, 5)
-    assert_close(layer.train()(x), dora(layer, x, 0 * x), "with B A's input dropped, W0 x is left, scaled as before")
-    assert_close(layer.eval()(x), dora(layer, x, x), "eval() knows no dropout")
+    layer, x = build(DoRALinear, 5, 8, dropout=1.0), randn(2, 3, 5)
+    expected = dora_formula(layer, x, 0 * x)
+    assert_close(layer.train()(x), expected, "with B A's input dropped, W0 x is left, scaled as before")
+    assert_close(layer.eval()(x), dora_formula(layer, x, x), "eval() knows no dropout")
 
 
-@pytest.mark.ex12
-def test_dora_merges():
-    for bias in (True, False):
-        layer, x = randomise(DoRALinear(nn.Linear(5, 8, bias, dtype=torch.float64), 2)), randn(2, 3, 5)
-        V = layer.linear.weight + 2 * layer.B @ layer.A
-        expected = layer.magnitude[:, None] * V / V.norm(dim=1, keepdim=True)
-        assert_close(layer.delta_weight(), expected - layer.linear.weight, "ΔW is magnitude · V / ‖V‖ - W0")
-        assert_close(layer.merge()(x), layer(x), f"merge() with bias {bias}")
+@mark.ex13
+@mark.parametrize("bias", [True, False])
+def test_dora_merges(bias):
+    layer, x = build(DoRALinear, 5, 8, bias=bias), randn(2, 3, 5)
+    V = layer.linear.weight + 2 * layer.B @ layer.A
+    expected = layer.magnitude[:, None] * V / V.norm(dim=1, keepdim=True) - layer.linear.weight
+    assert_close(layer.delta_weight(), expected, "ΔW is magnitude · V / ‖V‖ - W0")
+    assert_close(layer.merge()(x), layer(x), "merge() computes what the layer computes")
 
 
-@pytest.mark.ex13
-def test_merge_and_reset_moves_the_update_into_the_weight():
-    layer = dense(5, 7)
-    weight, expected = layer.linear.weight, (layer.linear.weight + layer.W).clone()
-    a = generator(3)
-    layer.merge_and_reset(a)
-    assert layer.linear.weight is weight, "the weight is written in place: a compiled model goes on with this tensor"
-    assert_close(weight, expected, "after merge_and_reset() the weight is W0 + ΔW")
-    assert not layer.W.any(), "the adapter was not reset"
-    assert layer.generator is a, "reset() was not given the generator"
+@mark.ex13
+def test_doras_reset():
+    layer = build(DoRALinear, 5, 8)
+    with in_place(layer, "A", "B", "magnitude"):
+        layer.reset(generator(1))
+    assert_close(layer.magnitude, layer.linear.weight.norm(dim=1), "magnitude after reset(): the length of W0's rows")
+    assert_close(layer.delta_weight(), 0 * layer.linear.weight, "ΔW after reset()")
+    assert_close(layer.A, layer.random_A(generator(1)), "A after reset(generator): drawn anew, from the generator")
 
 
-@pytest.mark.ex13
-def test_moras_reset_makes_M_zero_and_regroups():
-    layer, a = randomise(MoRALinear(nn.Linear(8, 8), 1, "truncation")), generator(3)
-    M, given = layer.M, []
+@mark.ex13
+def test_dora_is_exact_in_bfloat16_and_with_rows_of_zeros():
+    layer = build(DoRALinear, 5, 8, dtype=torch.bfloat16)
+    layer.linear.weight.data[3], layer.B.data[3] = 0, 0
+    V = layer.linear.weight.float() + 2 * layer.B @ layer.A
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            lengths, delta, y = layer.row_lengths(), layer.delta_weight(), layer(torch.ones(2, 5, dtype=torch.bfloat16))
+        assert_close(lengths, V.norm(dim=1), f"the lengths of V's rows, in float32, autocast = {autocast}", tol=1e-6)
+        assert y.isfinite().all() and delta.isfinite().all(), "where a row of V is zero, 0 / 0 is not to come of it"
+
+
+def merged(o, x, M, W, bias=None):
+    return mora.MergedProduct.apply(x, M, W, bias, o)
+
+
+@mark.ex14
+@every_variant
+def test_the_merged_forward_and_its_gradient(name):
+    for k, d in [(13, 20), (20, 13), (12, 12), (26, 6)]:
+        o, W, bias, x, upstream = variant(name, k, d), randn(d, k), randn(d), randn(2, 3, k), randn(2, 3, d)
+        for M, needs in itertools.product((randn(4, 4), 0 * randn(4, 4)), ("xM", "M")):
+            inputs = {what: tensor.requires_grad_(what in needs) for what, tensor in (("x", x), ("M", M)) if what in needs}
+            x.requires_grad_("x" in needs)
+            y, expected = merged(o, x, M, W, bias), F.linear(x, W, bias) + o(x, M)
+            assert_close(y, expected, f"W0 x + ΔW x + bias, {k} to {d}")
+            found, wanted = (gradients(outputs, inputs, upstream, "MergedProduct") for outputs in (y, expected))
+            for what in inputs:
+                assert_close(found[what], wanted[what], f"the gradient of {what}, {k} to {d}, where {needs} need one")
+
+
+@mark.ex14
+@mark.parametrize("name", ["truncation", "sharing", "decoupling", "rotation"])
+def test_the_cost_of_the_merged_forward(name):
+    o, W, x, M, kept = operator(name, 64, 48, 8), randn(48, 64), randn(500, 64).requires_grad_(), randn(8, 8), {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 8
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = merged(o, x, M.requires_grad_(), W)
+    z = 500 * (64 if name in ("decoupling", "rotation") else 8)
+    assert sum(kept.values()) <= z + M.numel() + W.numel() + 64, (
+        f"{sum(kept.values()):,} numbers are kept for the backward pass, where {z:,} for the inputs, M and W0 would do: "
+        "keep compress(x) where it is smaller than x, and not as a view of x; build W0 + ΔW again")
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    times = counter.get_total_flops() / (2 * 500 * 64 * 48)
+    assert times < 1.5, (f"the backward pass takes {times:.2f} times the one product that the gradient of x needs; that of "
+                         "M needs little more, and to form ΔW's gradient (d, k) would be a second")
+
+
+@mark.ex14
+def test_the_merged_gradient_under_autocast():
+    o, W = operator("rotation", 13, 20, 4), torch.randn(20, 13)
+    inputs = {"x": torch.randn(6, 13, requires_grad=True), "M": torch.randn(4, 4, requires_grad=True)}
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = merged(o, inputs["x"], inputs["M"], W), F.linear(inputs["x"], W) + o(inputs["x"], inputs["M"])
+    found, wanted = (gradients(outputs, inputs, torch.ones_like(y), "under autocast") for outputs in (y, expected))
+    for name in inputs:
+        assert_close(found[name], wanted[name], f"the gradient of {name} under autocast", tol=0.03)
+
+
+@mark.ex14
+def test_extra_flops():
+    for tokens, k, d, r in [(100, 30, 50, 2), (7, 50, 30, 4)]:
+        x, g, A, B, z = (torch.randn(*shape) for shape in ((tokens, k), (tokens, d), (r, k), (d, r), (tokens, r)))
+        with FlopCounterMode(display=False) as defined:
+            (x @ A.T) @ B.T, (g @ B) @ A, g.T @ z, z.T @ x  # forward, and the gradients of x, B and A
+        with FlopCounterMode(display=False) as merged:
+            B @ A, B @ A, g.T @ (x @ A.T), (g @ B).T @ x  # ΔW twice, and the gradients of B and A
+        for what, got, counter in zip(("as defined", "merged"), measure.extra_flops(tokens, k, d, r), (defined, merged)):
+            expected = counter.get_total_flops()
+            assert got == expected, f"{what}, {tokens} tokens, {k} to {d}, r = {r}: expected {expected}, got {got}"
+
+
+# ---- Exercises 15 to 19: training --------------------------------------------------------------------------------------
+class Net(nn.Module):
+    """Two blocks, nested as a GPT's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(6), "up": nn.Linear(6, 10),
+                                                   "down": nn.Linear(10, 6)}) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["down"](F.gelu(block["up"](block["norm"](x))))
+        return x
+
+
+def net(method, dtype=torch.float64):
+    """A Net with adapters at random, whose norms train as well; always the same."""
+    torch.manual_seed(0)
+    model = mora.add_adapters(Net().to(dtype), method, 2, "truncation" if method == "mora" else None)
+    for module in model.modules():
+        module.fast = False
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(True)
+    return randomise(model)
+
+
+every_method = mark.parametrize("method", ["lora", "asylora", "dora", "mora"])
+
+
+@mark.ex15
+@every_method
+def test_the_step_changes_nothing_that_the_model_computes(method):
+    model, x = net(method), randn(4, 6)
+    y, before = model(x), {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    with contextlib.ExitStack() as stack:
+        for adapter in mora.find_adapters(model).values():
+            stack.enter_context(in_place(adapter.linear, "weight"))
+            stack.enter_context(in_place(adapter, *(name for name, _ in adapter.named_parameters(recurse=False))))
+        mora.merge_and_reset(model)
+    assert_close(model(x), y, "ΔW moves into W0, so the outputs stay", tol=1e-9)
+    for name, adapter in mora.find_adapters(model).items():
+        assert_close(adapter.delta_weight(), 0 * adapter.linear.weight, f"ΔW of {name} is zero after the step", tol=1e-9)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == before[name][1], f"requires_grad of {name} was {before[name][1]}"
+        kept = "norm" not in name and "bias" not in name or torch.equal(parameter, before[name][0])
+        assert kept, f"{name} belongs to no update, and was changed"
+
+
+@mark.ex15
+def test_the_step_rounds_once():
+    model = net("mora", torch.bfloat16)
+    for step, (name, adapter) in itertools.product(range(3), mora.find_adapters(model).items()):
+        nn.init.normal_(adapter.M, std=0.01)
+        expected = (adapter.linear.weight.float() + adapter.delta_weight()).bfloat16()
+        mora.merge_and_reset(model)
+        assert_close(adapter.linear.weight, expected, f"{name}: add in float32, and round the sum once", tol=0)
+
+
+@mark.ex15
+def test_moras_reset():
+    layer, a, given = randomise(MoRALinear(nn.Linear(8, 8), 1, "truncation")), generator(3), []
     layer.operator.regroup = lambda generator=None: given.append(generator)
-    layer.reset(a)
-    assert layer.M is M and not M.any(), "M becomes zero, in place: the optimizer holds this very tensor"
-    assert len(given) == 1 and given[0] is a, "the operator's regroup() is called once, with the generator"
+    with in_place(layer, "M"):
+        layer.reset(a)
+    assert not layer.M.any(), "M becomes zero"
+    assert len(given) == 1 and given[0] is a, f"the operator's regroup() is called once, with the generator; got {given}"
 
 
-@pytest.mark.ex13
-def test_restart_forgets_what_the_optimizer_knew_of_the_adapters():
-    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6))
-    model = mora.add_adapters(model, "mora", 1, "truncation")
-    model[1].requires_grad_(True)
-    optimizer = train.make_optimizer(model, argparse.Namespace(method="remora", weight_decay=0.0, device="cpu"))
-    given = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MoRALinear, "reset", lambda self, generator=None: given.append(generator))
-        for step in range(2):
-            model(torch.randn(4, 6)).square().sum().backward()
-            optimizer.step()
-        a = generator(3)
-        train.restart(model, optimizer, a)
-    assert len(given) == 2 and all(each is a for each in given), "both adapters are merged and reset by the generator"
-    known = {name for name, p in model.named_parameters() if optimizer.state.get(p)}
-    assert not known & {"0.M", "2.M"}, "Adam still has means of M's old gradients, which would move the new M"
-    assert known == {"1.weight", "1.bias"}, f"what is in no adapter, the norm here, keeps its state: got {known}"
+@mark.ex15
+@mark.parametrize("method", ["lora", "dora"])
+def test_all_adapters_draw_from_the_generator(method):
+    model = net(method)
+
+    def draw(a):
+        mora.merge_and_reset(model, generator=a)
+        return torch.stack([block["up"].A.detach() for block in model.blocks])
+
+    check_draws(draw, "A")
+    first, second = draw(generator(1))
+    assert not torch.equal(first, second), "two layers drew the same A: the generator has to move on between them"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Exercise 14: ReMoRA's groups. test_groups and test_rank_of_remora in test_mora.py look at what comes of them
+def take_a_step(model, optimizer, step):
+    """How far each parameter moves, with gradients that depend on the step only."""
+    before, a = {name: p.detach().clone() for name, p in model.named_parameters()}, generator(step)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.grad = torch.rand(parameter.shape, generator=a).to(parameter) + (-1.5 if step == 5 else 1)
+    optimizer.step()
+    return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
-@pytest.mark.ex14
-def test_regroup_deals_inputs_and_outputs_from_the_generator_in_place():
-    for pair in [("random", "random"), ("random", "strided"), ("contiguous", "random")]:
-        operator, dealt = make(31, 31, 4, "sharing", groups=pair), []
-        tensors = operator.in_group, operator.out_group
-        for seed in (1, 1, 2):
-            operator.regroup(generator(seed))
-            assert (operator.in_group is tensors[0]) and (operator.out_group is tensors[1]), (
-                "groups are written in place: a compiled model goes on with these very tensors")
-            dealt.append([group.tolist() for group in tensors])
-        for how, first, same, other in zip(pair, *dealt):
-            assert first == same, "the same seed dealt other groups: runs on two GPUs would part ways"
-            assert (first != other) == (how == "random"), f"groups {pair}: new ones are drawn where they are random"
+def trained(method):
+    """A model and its optimizer after five steps."""
+    model, groups = net(method), ([], [])
+    for name, parameter in model.named_parameters():
+        groups["norm" in name].append(parameter) if parameter.requires_grad else None
+    optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "lr": 0.01}], lr=0.1, weight_decay=0.1)
+    for step in range(5):
+        take_a_step(model, optimizer, step)
+    return model, optimizer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Exercises 15 to 17: training and measuring
+@mark.ex15
+@every_method
+def test_the_next_step_is_a_new_optimizers(method):
+    model, optimizer = trained(method)
+    mora.merge_and_reset(model, optimizer, generator(0))
+    other = copy.deepcopy(model)
+    new = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    got, expected = take_a_step(model, optimizer, 5), take_a_step(other, new, 5)
+    for name in (name for name in got if "norm" not in name):
+        assert_close(got[name], expected[name], f"{name} is to move as under a new optimizer: all that Adam knew of the old "
+                     "update is forgotten, both means and the number of steps")
 
 
-@pytest.mark.ex15
+@mark.ex15
+@every_method
+def test_what_is_in_no_adapter_is_remembered(method):
+    (model, optimizer), (other, old) = trained(method), trained(method)
+    mora.merge_and_reset(model, optimizer, generator(0))
+    got, expected = take_a_step(model, optimizer, 5), take_a_step(other, old, 5)  # the other one without a merge
+    for name in (name for name in got if "norm" in name):
+        assert_close(got[name], expected[name], f"{name} is in no adapter, and is to move as without the merge")
+    model = net(method)
+    mora.merge_and_reset(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))  # before any step
+
+
+CYCLE = [("strided", "strided"), ("contiguous", "contiguous"), ("contiguous", "strided"), ("strided", "contiguous")]
+every_grouping = mark.parametrize("groups", ["strided", ("random", "strided"), ("contiguous", "random"), "random", "cycle"],
+                                  ids=str)
+
+
+def pairs(groups):
+    return CYCLE if groups == "cycle" else [(groups, groups) if isinstance(groups, str) else groups]
+
+
+def kinds(o):
+    """How inputs and outputs are grouped."""
+    strided = [torch.arange(len(group)) % o.size for group in (o.in_group, o.out_group)]
+    return tuple("strided" if group.equal(i) else "contiguous" if group.equal(i.sort().values) else "random"
+                 for group, i in zip((o.in_group, o.out_group), strided))
+
+
+@mark.ex16
+@every_grouping
+def test_regroup_takes_one_pair_after_the_other(groups):
+    o = mora.Sharing(31, 17, 4, groups)
+    for turn in range(9):
+        expected = pairs(groups)[turn % len(pairs(groups))]
+        assert kinds(o) == expected, f"after {turn} merges (inputs, outputs) should be {expected}, got {kinds(o)}"
+        with in_place(o, "in_group", "out_group"):
+            o.regroup()
+
+
+@mark.ex16
+def test_regroup_draws_inputs_and_outputs_from_the_generator():
+    o = mora.Sharing(31, 31, 4, "random")
+    check_draws(lambda a: (o.regroup(a), torch.stack([o.in_group, o.out_group]))[1], "groups")
+    assert not torch.equal(o.in_group, o.out_group), "inputs and outputs have the same groups: draw them one by one"
+
+
+@mark.ex16
+def test_the_cycle_goes_on_after_loading():
+    o, loaded = mora.Sharing(31, 17, 4, "cycle"), mora.Sharing(31, 17, 4, "cycle")
+    o.regroup()
+    o.regroup()
+    loaded.load_state_dict(o.state_dict())
+    for each in (o, loaded):
+        each.regroup()
+    assert kinds(loaded) == kinds(o), f"a saved and loaded operator goes on with {kinds(loaded)}, not {kinds(o)}: use cycle_step"
+
+
+@mark.ex16
+@every_grouping
+def test_rank_bound(groups):
+    for k, d, size in [(20, 20, 4), (8, 8, 4), (13, 20, 5), (20, 13, 3)]:
+        known, total = [], 0
+        for merge in range(6):
+            i = [torch.randperm(n) if kind == "random" else torch.arange(n) * size // n if kind == "contiguous" else
+                 torch.arange(n) for n, kind in zip((k, d), pairs(groups)[merge % len(pairs(groups))])]
+            known.append(tuple(group % size for group in i))
+            total += randn(size, size)[known[-1][1]][:, known[-1][0]]
+            sides = [torch.cat([F.one_hot(group, size).double() for group in side], 1) for side in zip(*known)]
+            expected = min(int(torch.linalg.matrix_rank(side)) for side in sides)
+            got, rank, what = measure.rank_bound([*known]), torch.linalg.matrix_rank(total), f"{merge + 1} merges"
+            assert got >= rank, f"{what}, {k} to {d}, r̂ = {size}: the sum has rank {rank}, above your bound {got}"
+            assert got == expected, f"{what}, {k} to {d}, r̂ = {size}: the best bound is {expected}, got {got}"
+
+
+@mark.ex17
+@mark.parametrize("step", [1, 2, 50])
+def test_adam_step_is_adams(step):
+    for betas, eps, rate in [((0.9, 0.999), 1e-8, 0.1), ((0.8, 0.95), 0.5, 0.01)]:
+        p, gradient, mean, square = nn.Parameter(randn(5)), randn(5), randn(5), randn(5).square()
+        optimizer = torch.optim.Adam([p], lr=rate, betas=betas, eps=eps)
+        optimizer.state[p] = {"step": torch.tensor(step - 1.0), "exp_avg": mean.clone(), "exp_avg_sq": square.clone()}
+        before, given, p.grad = p.detach().clone(), [each.clone() for each in (gradient, mean, square)], gradient.clone()
+        optimizer.step()
+        got = measure.adam_step(gradient, mean, square, step, rate, betas, eps)
+        assert_close(got, p.detach() - before, f"what Adam adds in step {step}, with betas {betas} and eps {eps}")
+        assert all(map(torch.equal, (gradient, mean, square), given)), "gradient, mean or square was changed"
+
+
+def config(**changes):
+    return train.Config(**dict(method="lora", warmup_steps=4, max_steps=24, schedule="linear", device="cpu") | changes)
+
+
+def assert_rates(expected, hint, first=0, **changes):
+    for step, wanted in enumerate(expected, first):
+        got = train.schedule(step, config(**changes))
+        assert got == pytest.approx(wanted), f"{hint}: at step {step} expected {wanted:.4f} of the peak, got {got}; {changes}"
+
+
+CURVES = {"linear": lambda t: 1 - t, "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2, "constant": lambda t: 1}
+
+
+@mark.ex18
+@mark.parametrize("kind", CURVES)
+def test_the_schedule_without_restarts(kind):
+    for changes in ({"method": "lora"}, {"method": "full"}, {"method": "full", "merge_every": 8, "restart_warmup": 3}):
+        hint, curve = "four steps of warm-up, the first not at 0, then down to what would be step 24", CURVES[kind]
+        assert_rates([0.25, 0.5, 0.75, 1] + [curve(i / 20) for i in range(20)], hint, schedule=kind, **changes)
+        assert_rates([curve(i / 24) for i in range(24)], "without a warm-up", schedule=kind, warmup_steps=0, **changes)
+
+
+@mark.ex18
+@mark.parametrize("kind", CURVES)
+def test_after_a_merge_the_rate_rises_back_onto_the_curve(kind):
+    for method, every, rise in itertools.product(("remora", "relora"), (7, 8), (0, 1, 2, 5)):
+        rates = [min(1, (step + 1) / 4, (step % every + 1) / max(1, rise) if step >= every else 1) *
+                 CURVES[kind](max(0, step - 4) / 20) for step in range(24)]
+        assert_rates(rates, "back onto the curve", schedule=kind, method=method, merge_every=every, restart_warmup=rise)
+
+
+@mark.ex18
+def test_what_else_makes_the_rate_rise():
+    changes = dict(method="remora", warmup_steps=12, merge_every=8, restart_warmup=4)
+    assert_rates([8 / 12, 1 / 4, 2 / 4, 3 / 4, 1], "a merge within the warm-up: the lower of two rises counts", 7, **changes)
+    changes = dict(schedule="constant", full_warmup=6, restart_warmup=4)
+    assert_rates([0.25, 0.5, 0.75, 1, 1], "a full-rank warm-up: the adapters begin at step 6", 6, **changes)
+    assert_rates([1] * 8, "the full-rank warm-up itself, under method full", 4, method="full", merge_every=8, **changes)
+    rates = [0.25, 0.5, 0.25, 0.5, 0.75, 1]
+    assert_rates(rates, "adapters begun at step 6, and merged before step 8", 6, method="relora", merge_every=8, **changes)
+
+
+@mark.ex18
+@mark.parametrize("changes, expected", [
+    ({"merge_every": 8}, [8, 16]), ({"merge_every": 8, "max_steps": 25}, [8, 16, 24]), ({"merge_every": None}, []),
+    ({"merge_every": 8, "full_warmup": 8}, [16]), ({"merge_every": 8, "full_warmup": 9}, [16]), ({"merge_every": 11}, [11, 22])])
+def test_the_steps_before_which_adapters_restart(changes, expected):
+    got = [step for step in range(changes.get("max_steps", 24)) if train.restarts_before(step, config(**changes))]
+    assert got == expected, f"with {changes} a merge comes before the steps {expected}, and here before {got}"
+
+
+def pad(rows, end=256, block_size=150, device="cpu"):
+    """What `pad` makes of [(number of prompt tokens, tokens), ...]."""
+    pairs = data.PromptPairs([("a", "b")], [("a", "b")], data.get_tokenizer("bytes"), block_size, 2, seed=0, device=device)
+    pairs.tokenizer = types.SimpleNamespace(eot_token=end)
+    rows = [(prompt, np.array(tokens, dtype=np.uint16)) for prompt, tokens in rows]
+    before = copy.deepcopy(rows)
+    idx, targets = pairs.pad(rows)
+    assert all(a == b and (x == y).all() for (a, x), (b, y) in zip(rows, before)), "the rows themselves were changed"
+    return idx, targets
+
+
+@mark.ex19
 def test_the_mask_of_a_worked_example():
     """"ab" asks, "cde" answers: the b is asked for c, the c for d, d for e, e for the end token, 256."""
-    dataset = data.PromptPairs([("ab", "cde"), ("f", "")], [("g", "h")], data.get_tokenizer("bytes"), 8, 2, seed=0)
-    idx, targets = dataset.pad(dataset.train)
     a, b, c, d, e, f, end, none = *b"abcdef", 256, -100
-    assert idx.tolist() == [[a, b, c, d, e, end, end, end], [f] + [end] * 7], "idx: the tokens but the last, padding"
-    assert targets.tolist() == [[none, c, d, e, end, none, none, none], [end] + [none] * 7], (
-        "targets: what follows each token, if it belongs to the completion or is the end; -100 elsewhere")
+    idx, targets = (tensor.tolist() for tensor in pad([(2, [a, b, c, d, e, end]), (1, [f, end])], block_size=8))
+    expected = [[a, b, c, d, e, end, end, end], [f] + [end] * 7]
+    assert idx == expected, f"idx, all tokens but the last, filled up with the end token: expected {expected}, got {idx}"
+    expected = [[none, c, d, e, end, none, none, none], [end] + [none] * 7]
+    assert targets == expected, f"targets, what follows if it is of the completion or the end: expected {expected}, got {targets}"
 
 
-def result(label, rate, seed, **metrics):
-    return {"label": label, "seed": seed, "metrics": metrics, "config": {"learning_rate": rate}}
+@mark.ex19
+@mark.parametrize("tokens, length", [(2, 64), (64, 64), (65, 64), (66, 128), (129, 128), (130, 150), (151, 150)])
+def test_the_length_of_a_batch(tokens, length):
+    idx, targets = pad([(1, range(2)), (1, range(1, tokens + 1))])
+    got = tuple(idx.shape), tuple(targets.shape)
+    assert got == ((2, length),) * 2, f"{tokens} tokens, all but the last go in, block_size 150: expected (2, {length}), got {got}"
+    expected = [*range(2, tokens + 1)] + [-100] * (length - tokens + 1)
+    assert targets[1].tolist() == expected, f"after a prompt of one token all others are targets; got {targets[1].tolist()}"
 
 
-def best(results):
-    """{label: {(rate, seed), ...}} of what `at_best_rate` chooses."""
-    chosen = train.at_best_rate(results)
-    assert all(any(one is other for other in results) for one in chosen), "the chosen results, as they were given"
-    labels = {one["label"] for one in chosen}
-    return {label: {(one["config"]["learning_rate"], one["seed"]) for one in chosen if one["label"] == label}
-            for label in labels}
+@mark.ex19
+def test_the_tokens_types_and_device():
+    idx, targets = pad([(1, [40000, 65535, 50256]), (1, [7, 50256])], end=50256)
+    for what, tensor, expected in (("idx", idx, [40000, 65535, 50256]), ("targets", targets, [65535, 50256, -100])):
+        got = tensor[0, :3].tolist()
+        assert tensor.dtype == torch.long and got == expected, f"{what}: expected {expected}, got {got}, {tensor.dtype}"
+    assert idx[1, 2] == 50256, f"idx is filled up with the tokenizer's end token, 50256, got {idx[1, 2]}"
+    devices = [tensor.device.type for tensor in pad([(1, [5, 6, 7])], device="meta")]
+    assert devices == ["meta", "meta"], f"idx and targets go to self.device, meta here; got {devices}"
 
 
-@pytest.mark.ex17
-def test_every_setting_is_shown_at_its_own_best_rate():
-    accuracy = {("lora r2", 0.01): (0.5, 0.6), ("lora r2", 0.02): (0.9, 0.1), ("lora r2", 0.05): (0.2, 0.3),
-                ("mora r2", 0.01): (0.3, 0.2), ("mora r2", 0.02): (0.4, 0.4), ("mora r2", 0.05): (0.6, 0.9)}
-    results = [result(label, rate, seed, loss=1 - value if rate < 0.05 else 5, char_accuracy=value)
-               for (label, rate), values in accuracy.items() for seed, value in enumerate(values)]
-    expected = {"lora r2": {(0.01, 0), (0.01, 1)}, "mora r2": {(0.05, 0), (0.05, 1)}}
-    hint = "the best mean accuracy over seeds is 0.55 at rate 0.01 for lora, and 0.75 at rate 0.05 for mora"
-    for order in (results, results[::-1]):
-        assert best(order) == expected, f"{hint}; of each, the results of all seeds"
+# ---- Exercises 20 to 23: measuring -------------------------------------------------------------------------------------
+@mark.ex20
+def test_bits_held():
+    logits, targets, expected = randn(3, 5, 7), torch.randint(7, (3, 5)), 3 * 20.0
+    targets[0, :2] = targets[2] = -100
+    for i, j in (targets != -100).nonzero().tolist():
+        expected += math.log2(logits[i, j].softmax(0)[targets[i, j]])
+    got = measure.bits_held(logits, targets, 20.0)
+    assert isinstance(got, float), f"a float is wanted, got {type(got).__name__}"
+    assert got == pytest.approx(expected), f"3 rows of 20 bits less their cross entropy in bits: expected {expected}, got {got}"
 
 
-@pytest.mark.ex17
-def test_without_an_accuracy_the_lowest_loss_on_held_out_text_is_best():
-    results = [result("lora", 0.01, 0, loss=1.0, val_loss=3.0), result("lora", 0.02, 0, loss=2.0, val_loss=2.5),
-               result("lora", 0.05, 0, loss=0.5, val_loss=2.7)]
-    assert best(results) == {"lora": {(0.02, 0)}}, "the rates' val_loss is 3.0, 2.5 and 2.7: the second is best"
+@mark.ex20
+@mark.parametrize("who, sure, expected", [("guesses", 0.0, 0), ("knows all", 100.0, 4 * 122), ("is surely wrong", -30.0, -5243)])
+def test_the_bits_of_one_who(who, sure, expected):
+    """Four values of 31 digits, of which 30 are any of 16 and one is one of four: 122 bits, as a UUID has."""
+    targets, logits = torch.randint(16, (4, 31)), torch.full((4, 31, 20), -1e4)
+    targets[:, 30] %= 4
+    logits[:, :30, :16] = logits[:, 30:, :4] = 0
+    logits.scatter_(2, targets[..., None], sure)
+    before = logits.clone()
+    for dtype in (torch.float32, torch.bfloat16):
+        got = measure.bits_held(logits.to(dtype), targets, 122)
+        assert got == pytest.approx(expected, rel=0.02, abs=0.01), f"one who {who} holds {expected} bits, got {got} ({dtype})"
+    assert torch.equal(logits, before), "the logits were changed"
 
 
-@pytest.mark.ex17
-def test_a_rate_at_which_a_seed_diverged_is_not_the_best():
-    results = [result("lora", 0.01, seed, val_loss=3.0) for seed in (0, 1)] + [result("lora", 0.02, 1, val_loss=2.0)]
-    assert best(results) == {"lora": {(0.01, 0), (0.01, 1)}}, "seed 0 diverged at 0.02: what is left of it is luck"
-    results.append(result("lora", 0.02, 0, val_loss=math.nan))
-    for order in (results, results[::-1]):
-        assert best(order) == {"lora": {(0.01, 0), (0.01, 1)}}, "a loss that is not a number is no result either"
-    results = [result("lora", rate, 0, char_accuracy=1.0) for rate in (0.02, 0.01)]
-    assert best(results) == {"lora": {(0.02, 0)}}, "of equals, the rate that comes first"
+def with_singular_values(values, rows=8, columns=6):
+    U, V = (torch.linalg.qr(randn(n, len(values)))[0] for n in (rows, columns))
+    return U @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ V.T
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Exercise 18: an operator of your own. The four of the paper pass as well, in one test with yours
+@mark.ex21
+@mark.parametrize("which, name", enumerate(["rank", "effective rank", "stable rank"]))
+def test_spectrum(which, name):
+    known = {(5.0,) * 4: (4, 4, 4), (3.0, 1.0): (2, 4 / 3**0.75, 10 / 9), (7.0,): (1, 1, 1), (0.0, 0.0): (0, 0, 0),
+             (1.0, 1e-6): (2, 1.0000148, 1), (1.0, 1e-20): (1, 1, 1)}
+    for (values, expected), scale, shape in itertools.product(known.items(), (1, 1e-9, 1e9), ((8, 6), (6, 8))):
+        got = measure.spectrum(scale * with_singular_values([*values], *shape))
+        assert len(got) == 3 and all(isinstance(number, float) for number in got), f"three floats are wanted, got {got}"
+        assert got[which] == pytest.approx(expected[which], rel=1e-5), (
+            f"{name} for singular values {values} times {scale:g}: expected {expected[which]:.6g}, got {got[which]:.6g}")
 
 
-SIZES = [(13, 22), (22, 13), (12, 12), (7, 31)]  # k, d
+@mark.ex21
+def test_the_rank_is_not_that_of_rounding():
+    got = measure.spectrum(with_singular_values([3.0, 2.0, 1.0], 60, 50).float())[0]
+    assert got == 3, f"a matrix of rank 3, rounded to float32: got {got:g}; which s are above max s · max(shape) · eps?"
 
 
-def every_operator():
-    """(what it is, a layer with M at random, k, d) for each operator, shape and rank."""
-    for name, (k, d), rank in itertools.product(OPERATORS, SIZES, (1, 3)):
-        layer = randomise(MoRALinear(nn.Linear(k, d, dtype=torch.float64), rank, name))
-        yield f"{name}, {k} inputs, {d} outputs, rank {rank}", layer, k, d
+@mark.ex22
+def test_rounding_goes_to_a_neighbour():
+    x = torch.cat([torch.randn(500), torch.randn(500) * 1e-6, torch.randn(500) * 1e30])
+    got, step = measure.round_randomly(x), 2.0 ** (torch.frexp(x)[1].double() - 8)  # between neighbours in bfloat16
+    assert got.dtype == torch.bfloat16 and got.shape == x.shape, f"bfloat16 of x's shape, got {got.dtype}, {tuple(got.shape)}"
+    error, nearest = (got.double() - x.double()).abs(), (x.bfloat16().double() - x.double()).abs()
+    worst = int((error / step).argmax())
+    assert (error < step).all(), f"{x[worst]:.6g} was rounded to {got[worst]:.6g}, which is none of its two neighbours"
+    assert (error > nearest).any() and (error == nearest).any(), "it goes sometimes to the nearer one, sometimes to the other"
 
 
-@pytest.mark.ex18
-def test_an_operator_is_two_linear_maps():
-    for what, layer, k, d in every_operator():
-        compress, decompress, x, y = layer.operator.compress, layer.operator.decompress, randn(2, 3, k), randn(2, 3, k)
-        for f, x, y in ((compress, x, y), (decompress, compress(x), compress(y))):
-            before = x.clone()
-            assert_close(f(2 * x - y), 2 * f(x) - f(y), f"{what}: f(2x - y) = 2 f(x) - f(y)")
-            assert_close(f(x)[1, 2], f(x[1, 2]), f"{what}: a vector alone, and in a batch")
-            assert torch.equal(x, before), f"{what}: x itself was changed"
-        assert compress(randn(k)).shape[-1] == len(layer.M), f"{what}: compress ends in r̂ = {len(layer.M)} numbers"
+@mark.ex22
+def test_the_mean_of_rounding_is_x():
+    a = generator(0)
+    for x in (1 + 2**-9, -1 - 2**-9, 1 + 3 * 2**-10, 3.1, -2e-5):
+        x = torch.full((20_000,), x)
+        off = (measure.round_randomly(x, a).double().mean() - x[0].double()) / 2.0 ** (math.frexp(x[0])[1] - 8)
+        assert abs(off) < 0.02, f"the mean of 20,000 roundings of {x[0]:.6g} is off by {off:.3f} of a step between neighbours"
 
 
-@pytest.mark.ex18
-def test_an_operator_merges_exactly():
-    for what, layer, k, d in every_operator():
-        x, merged = randn(2, 3, k), layer.merge()
+@mark.ex22
+def test_what_needs_no_rounding():
+    x = torch.tensor([0.0, 1.0, -3.0, 0.5, 1.0078125, math.inf, -math.inf, math.nan]).repeat(50, 1)
+    before, got = x.clone(), measure.round_randomly(x).float()
+    assert_close(got.nan_to_num(7), x.nan_to_num(7), "a number of bfloat16 stays, and so do inf and nan", tol=0)
+    assert torch.equal(x.nan_to_num(7), before.nan_to_num(7)), "x itself was changed"
+    assert measure.round_randomly(torch.tensor(1.0)).shape == (), "a single number is a tensor, too"
+
+
+@mark.ex22
+def test_rounding_draws_from_the_generator():
+    check_draws(lambda a: measure.round_randomly(torch.full((100,), 1.003), a), "round_randomly")
+
+
+def results(runs, label="mora r2"):
+    """Results as train.py writes them, of {(rate, seed): metrics}."""
+    return [{"label": label, "method": "mora", "rank": 2, "operator": "rotation", "seed": seed, "pairs": [], "seconds": 9.0,
+             "config": dataclasses.asdict(config(learning_rate=rate, seed=seed)), "metrics": metrics,
+             "rows": [{"step": step, "loss": 9.0 - rate, **metrics} for step in (250, 500)]}
+            for (rate, seed), metrics in runs.items()]
+
+
+def accuracies(*values):
+    """{(rate, seed): metrics} of (rate, accuracies)."""
+    return {(rate, seed): {"char_accuracy": value, "exact_match": 1 - value}
+            for rate, of_seeds in values for seed, value in enumerate(of_seeds)}
+
+
+def chosen(given):
+    """(label, rate, seed) of what `at_best_rate` chooses, sorted."""
+    before, found = [*map(copy.copy, given)], compare.at_best_rate(given)
+    assert all(any(one is other for other in given) for one in found), "the results that were given are wanted, not copies"
+    assert all(one.keys() == other.keys() for one, other in zip(given, before)), "the results were changed"
+    return sorted((one["label"], one["config"]["learning_rate"], one["seed"]) for one in found)
+
+
+def assert_best(given, rate, hint):
+    expected = sorted((one["label"], rate, one["seed"]) for one in given if one["config"]["learning_rate"] == rate)
+    for order in (given, given[::-1], given[1::2] + given[::2]):
+        got = chosen(order)
+        assert got == expected, f"{hint}: expected (label, rate, seed) {expected}, got {got}"
+
+
+@mark.ex23
+@mark.parametrize("values, rate, hint", [
+    ([(0.01, [0.5, 0.6]), (0.02, [0.9, 0.1])], 0.01, "means of 0.55 and 0.5: not the best seed"),
+    ([(0.01, [0.3, 0.3, 0.9]), (0.02, [0.4, 0.4, 0.4])], 0.01, "means of 0.5 and 0.4: not the median, not the worst seed"),
+    ([(0.01, [0.703, 0.700, 0.700]), (0.02, [0.702, 0.702, 0.702])], 0.02, "means of 0.701 and 0.702: not rounded"),
+    ([(0.01, [0.0, 0.0]), (0.02, [0.0, 0.1])], 0.02, "an accuracy of 0 is an accuracy"),
+    ([(0.05, [0.2]), (0.01, [0.3]), (0.02, [0.1])], 0.01, "one seed")])
+def test_the_best_mean_over_seeds(values, rate, hint):
+    assert_best(results(accuracies(*values)), rate, hint)
+
+
+@mark.ex23
+def test_every_setting_has_a_best_rate_of_its_own():
+    given = results(accuracies((0.01, [0.5, 0.6]), (0.02, [0.2, 0.1])), "lora r2")
+    got = chosen(given + results(accuracies((0.01, [0.3, 0.2]), (0.02, [0.4, 0.5]))))
+    expected = [("lora r2", 0.01, 0), ("lora r2", 0.01, 1), ("mora r2", 0.02, 0), ("mora r2", 0.02, 1)]
+    assert got == expected, f"lora is best at 0.01, mora at 0.02, two seeds each: expected {expected}, got {got}"
+
+
+@mark.ex23
+def test_without_an_accuracy_the_lowest_loss_is_best():
+    runs = {(rate, seed): {"val_loss": loss + seed, "perplexity": math.exp(loss)} for seed in (0, 1, 2)
+            for rate, loss in {0.01: 3.0, 0.02: 2.5, 0.05: 2.7}.items()}
+    assert_best(results(runs), 0.02, "val_loss is 3.0, 2.5 and 2.7, whatever the loss in training")
+
+
+@mark.ex23
+@mark.parametrize("metric", ["char_accuracy", "val_loss"])
+def test_a_rate_at_which_a_seed_diverged_is_not_the_best(metric):
+    good, better = (0.5, 0.9) if metric == "char_accuracy" else (3.0, 2.0)
+    runs = {(rate, seed): {metric: better if rate == 0.02 else good} for rate in (0.01, 0.02) for seed in range(3)}
+    for value in (None, math.nan, math.inf, -math.inf):
+        runs[0.02, 1] = {metric: value}
+        given = [one for one in results(runs) if one["metrics"][metric] is not None]
+        what = "is missing" if value is None else f"has a {metric} of {value}"
+        assert_best(given, 0.01, f"seed 1 diverged at 0.02 and {what}: what is left of that rate is luck")
+
+
+@mark.ex23
+def test_of_equals_the_rate_that_comes_first():
+    given = results(accuracies((0.02, [1.0]), (0.01, [1.0])))
+    for order in (given, given[::-1]):
+        (_, got, _), expected = chosen(order)[0], order[0]["config"]["learning_rate"]
+        assert got == expected, f"of two equals the rate that comes first, {expected}; got {got}"
+
+
+# ---- Exercise 24: an operator of your own. The paper's four pass as well; what linear maps owe is at the top -----------
+every_operator = mark.parametrize("name", OPERATORS)
+
+
+def layers(name, dtype=torch.float64):
+    """(what it is, a layer with M at random, x) for some shapes, ranks and numbers of tokens."""
+    for (k, d), rank, tokens in itertools.product([(13, 22), (22, 13), (12, 12), (7, 31)], (1, 3), (2, 300)):
+        layer = randomise(MoRALinear(nn.Linear(k, d, dtype=dtype), rank, name))
+        yield f"{k} inputs, {d} outputs, rank {rank}, {tokens} tokens", layer, randn(tokens, k).to(dtype)
+
+
+@mark.ex24
+@every_operator
+def test_an_operator_merges_exactly(name):
+    for what, layer, x in layers(name):
+        size = layer.operator.compress(x).shape[-1]
+        assert size == layer.size, f"{what}: compress ends in r̂ = {layer.size} numbers, got {size}"
         for training in (True, False):
             y = layer.train(training)(x)
-            assert y.shape == (2, 3, d), f"{what}: expected {d} outputs, got shape {tuple(y.shape)}"
-            assert_close(merged(x), y, f"{what}, training = {training}: the merged layer is the adapted one")
-        assert layer.delta_weight().any(), f"{what}: ΔW is zero with M at random"
+            assert_close(layer.merge()(x), y, f"{what}: the merged layer computes what the layer does, training = {training}")
+        assert layer.delta_weight().any(), f"{what}: ΔW is zero, and M is at random"
 
 
-@pytest.mark.ex18
-def test_an_operator_keeps_the_budget_and_learns():
-    for what, layer, k, d in every_operator():
-        own = {name: p.numel() for name, p in layer.named_parameters() if p.requires_grad}
-        budget = (k + d) * layer.rank
+@mark.ex24
+@every_operator
+def test_an_operator_keeps_the_budget(name):
+    for what, layer, _ in layers(name):
+        own = {name: p.numel() for name, p in layer.named_parameters() if not name.startswith("linear.")}
+        budget = (layer.in_features + layer.out_features) * layer.rank
         assert sum(own.values()) <= budget, f"{what}: LoRA has {budget} parameters, this {own}"
-        x, target = randn(2, k), randn(2, d)
-        for training in (True, False):
-            loss = (layer.train(training)(x) * target).sum()
-            gradient, = torch.autograd.grad(loss, layer.M)
-            direction = torch.randn_like(layer.M)
-            with torch.no_grad():
-                layer.M += direction
-                difference = (layer(x) * target).sum() - loss
-                layer.M -= direction
-            assert_close((gradient * direction).sum(), difference, f"{what}: the gradient of M", tol=1e-9)
+
+
+@mark.ex24
+@every_operator
+def test_an_operator_lets_M_learn(name):
+    for what, layer, x in layers(name):
+        target, direction = randn(len(x), layer.out_features), torch.randn_like(layer.M)
+        for start in (layer.M.detach().clone(), torch.zeros_like(layer.M)):
+            layer.M.data.copy_(start)
+            loss = (layer(x) * target).sum()
+            gradient = gradients(loss, {"M": layer.M}, None, what)["M"]
+            layer.M.data += direction
+            difference = ((layer(x) * target).sum() - loss).detach()
+            assert_close((gradient * direction).sum(), difference, f"{what}: the gradient of M", tol=1e-8)
+
+
+@mark.ex24
+@every_operator
+def test_an_operator_is_saved(name):
+    for what, layer, x in layers(name):
+        torch.manual_seed(9)  # another layer draws other numbers, if it draws any
+        other = nn.Sequential(MoRALinear(copy.deepcopy(layer.linear), layer.rank, name))
+        mora.load_adapters(other, mora.adapter_state_dict(nn.Sequential(layer)))
+        assert_close(other(x), layer(x), f"{what}: a loaded adapter computes what the saved one did; what is drawn at random "
+                     "has to be a registered buffer")
+
+
+@mark.ex24
+@every_operator
+def test_an_operator_in_bfloat16(name):
+    for what, layer, x in layers(name, torch.bfloat16):
+        y, exact = layer(x), copy.deepcopy(layer).double()
+        assert y.dtype == torch.bfloat16, f"{what}: bfloat16 in, {y.dtype} out"
+        assert_close(y.double(), exact(x.double()), f"{what}, in bfloat16", tol=0.05)

@@ -1,0 +1,14 @@
+"""What all tests share. Nothing that they do leaves the folders that pytest makes for them."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mora-tests-")  # before train.py reads it
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers_for_every_test():
+    torch.manual_seed(0)
