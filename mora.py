@@ -10,7 +10,7 @@ compress turns k inputs into r̂ numbers, or rows of r̂ numbers; decompress spr
 linear, so ΔW is a matrix and merges into W0 exactly. Its rank is at most r̂ where M is used once or shared, and at most
 min(k, d) where it is repeated along a diagonal. In the code k is `in_features`, d `out_features`, r `rank`, r̂ `size`;
 equations are numbered as in MoRA's paper. From top to bottom: the operators, the layers, whole models, and last
-"Speed", which changes no result.
+"Speed", which changes results by rounding only. `# exercise N` is for tests/EXERCISES.md.
 """
 
 import collections
@@ -36,14 +36,14 @@ class Operator(nn.Module):
     """Eq. 2, ΔW x = decompress(M compress(x)), for two linear maps without parameters.
 
     `compress` maps k inputs to z, (..., r̂), or (..., n, r̂) for n rows that all meet the same M; `decompress` maps z
-    to d outputs. An operator of your own is a subclass with these two and a name in OPERATORS; what it draws at random
-    has to be a registered buffer, so that it is saved.
+    to d outputs. An operator of your own is a subclass with these two and a name in OPERATORS. What it draws at random
+    has to be a registered buffer, to be saved, and an option of its own has to show in extra_repr.
 
     M starts at zero and learns all the same: its gradient, decompressᵀ(g) compress(x)ᵀ summed over tokens and rows,
     does not contain M. (The gradients of LoRA's A and B contain the other, so both at zero would never move.)
     """
 
-    multiple = 1  # r̂ is a multiple of this
+    multiple = 1  # r̂, unless it is 1, is rounded down to a multiple of this
 
     def __init__(self, in_features: int, out_features: int, size: int):
         super().__init__()
@@ -55,12 +55,12 @@ class Operator(nn.Module):
     def decompress(self, z):
         raise NotImplementedError
 
-    def forward(self, x, M):  # exercise 12
+    def forward(self, x, M):  # exercise 12; training takes a faster way: see MoRALinear.fast
         z = F.linear(self.compress(x), M.to(x.dtype))  # (..., k) -> (..., r̂) or (..., n, r̂)
         return self.decompress(z)  # -> (..., d)
 
     def regroup(self, generator=None):
-        """Draw new groups, where the operator has any (`Sharing`)."""
+        """Take the next groups, if the operator has any (`Sharing`)."""
 
     def extra_repr(self):
         return ", ".join(f"{name}={getattr(self, name)}" for name in ("groups", "fold") if hasattr(self, name))
@@ -82,7 +82,7 @@ class Sharing(Operator):
     So ΔW[i, j] = M[out_group[i], in_group[j]]. `groups` says which index is in which: "strided" (0 1 2 0 1 2; ΔW is
     1 ⊗ M where r̂ divides k and d), "contiguous" (0 0 1 1 2 2; M ⊗ 1), "random", a pair of these for inputs and
     outputs, or "cycle": each `regroup` takes the next pair of CYCLE, as the paper's code does in ReMoRA. Updates merged
-    with the same groups add up to rank r̂; only new groups raise it. Groups differ in length by at most one.
+    with the same groups have rank r̂ at most; only new groups raise it. Groups differ in length by at most one.
     """
 
     CYCLE = (("strided", "strided"), ("contiguous", "contiguous"), ("contiguous", "strided"), ("strided", "contiguous"))
@@ -95,7 +95,7 @@ class Sharing(Operator):
             raise ValueError(f"groups must be strided, contiguous, random, a pair of these, or cycle, not {groups!r}")
         self.register_buffer("in_group", torch.zeros(in_features, dtype=torch.long))
         self.register_buffer("out_group", torch.zeros(out_features, dtype=torch.long))
-        self.register_buffer("cycle_step", torch.tensor(-1, device="cpu"))  # which of the groupings is in use
+        self.register_buffer("cycle_step", torch.tensor(-1, device="cpu"))  # regroups so far, less one
         Sharing.regroup(self)  # not a subclass's, whose buffers are not there yet
 
     def regroup(self, generator=None):  # exercise 16
@@ -106,7 +106,7 @@ class Sharing(Operator):
 
     def assign(self, features, kind, generator):  # exercise 8
         """The group of each of `features` indices: whole numbers below r̂, shape (features,)."""
-        i = torch.arange(features, device="cpu")
+        i = torch.arange(features, device="cpu")  # where random numbers are drawn, so that devices agree
         if kind == "contiguous":
             return i * self.size // features
         if kind == "random":
@@ -121,11 +121,11 @@ class Sharing(Operator):
 
 
 class Decoupling(Operator):
-    """Eq. 8: split x into n = ceil(k / r̂) rows of r̂ numbers, multiply each by the same M, and concatenate.
+    """Eq. 8: split x into rows of r̂ numbers, the last padded with zeros; multiply each by the same M, and concatenate.
 
-    The last row is padded with zeros. Where k = d, ΔW is block diagonal, I ⊗ M. A result shorter than d is repeated; a
-    longer one is cut, as in the paper, so rows past the first ceil(d / r̂) would change nothing and are left out.
-    `fold=True` keeps them, and adds what lies past d onto the first outputs.
+    Where k = d, ΔW is block diagonal: I ⊗ M, cut to d x k. A result shorter than d is repeated. A longer one is cut, as
+    in the paper: the inputs past row n = ceil(min(k, d) / r̂) would change nothing and are dropped. With `fold=True`,
+    n = ceil(k / r̂), and what lies past d is added onto the first outputs.
     """
 
     def __init__(self, in_features, out_features, size, fold=False):
@@ -167,7 +167,7 @@ class Rotation(Decoupling):
         self.register_buffer("cos", angle.cos().float().to(device), persistent=False)
         self.register_buffer("sin", angle.sin().float().to(device), persistent=False)
 
-    def _apply(self, function, recurse=True):  # of .to(), .bfloat16(), to_empty(): the tables stay float32, and right
+    def _apply(self, function, recurse=True):  # behind .to(), to_empty(), ...: new tables, in float32
         super()._apply(function, recurse).make_tables(self.cos.device)
         return self
 
@@ -182,8 +182,8 @@ OPERATORS = {"truncation": Truncation, "sharing": Sharing, "decoupling": Decoupl
 
 # ---- The layers: a frozen nn.Linear and a trainable update -----------------------------------------------------------
 class Adapter(nn.Module):
-    """What all layers share. A subclass owns what trains, in float32 at least, as bfloat16 would round away its steps,
-    and has `update(x)`, ΔW x, and `reset(generator)`, back to ΔW = 0 with a fresh A or fresh groups.
+    """What all layers share. A subclass adds the trainable parameters, in float32 at least (bfloat16 would round small
+    steps away), `update(x)` = ΔW x, and `reset(generator)`: back to ΔW = 0, with a fresh A or the next groups.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, dropout: float = 0.0):
@@ -263,7 +263,7 @@ class LoRALinear(Adapter):
 class DoRALinear(LoRALinear):
     """DoRA (arXiv 2402.09353): LoRA changes the direction of each row of the weight, `magnitude` (d,) its length.
 
-    h = magnitude · V x / ‖V‖, where V = W0 + (alpha / r) B A and ‖V‖ has the length of each of its rows.
+    h = magnitude · V x / ‖V‖, where V = W0 + (alpha / r) B A and ‖V‖ (d,) are the lengths of its rows.
     """
 
     def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False):
@@ -299,13 +299,13 @@ class MoRALinear(Adapter):
     rotation. There is no alpha: a factor before M would, under Adam, only be another learning rate.
     """
 
-    fast = True  # MoRALinear.fast = False: every layer computes Eq. 2 as it stands above, and breakpoints there stop
+    fast = True  # False, or --no-fast in train.py: each forward runs Operator.forward, so breakpoints there stop
 
     def __init__(self, linear, rank, operator="rotation", dropout=0.0, **options):
         if operator not in OPERATORS:
             raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, not {operator!r}")
         super().__init__(linear, rank, dropout)
-        self.size -= self.size % OPERATORS[operator].multiple if self.size > 1 else 0
+        self.size -= self.size % OPERATORS[operator].multiple * (self.size > 1)
         self.operator = OPERATORS[operator](self.in_features, self.out_features, self.size, **options)
         self.operator.to(linear.weight.device)
         self.M = self.new_parameter(self.size, self.size)
@@ -343,8 +343,8 @@ def add_adapters(model: nn.Module, method="mora", rank=8, operator=None, targets
     `operator` is MoRA's; None means rotation, and for remora sharing with groups="cycle". `targets` lists layers by
     their full name or its end, such as ["c_attn", "h.0.mlp.c_fc"]; None means all, except those that share their weight
     with another module, as an output head may with the embedding. `options` go to the method's class: alpha, dropout,
-    rslora, groups, fold. Random numbers (A, random groups) come from torch's global generator. ValueError if an
-    argument is wrong, nothing matches, or the model is adapted already; after any error the model is as it was.
+    rslora, groups, fold. Random numbers (A, random groups) come from torch's global generator. LoRA ignores `operator`.
+    ValueError if an argument is wrong, nothing matches, or the model is adapted already; it is then as it was.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -352,11 +352,11 @@ def add_adapters(model: nn.Module, method="mora", rank=8, operator=None, targets
         raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, not {operator!r}")
     if any(isinstance(module, Adapter) for module in model.modules()):
         raise ValueError("the model is adapted already: merge_adapters(model) comes first")
-    if method == "remora" and operator is None:
+    if method == "remora" and operator in (None, "sharing"):
         operator, options = "sharing", {"groups": "cycle"} | options
     if METHODS[method] is MoRALinear:
         options["operator"] = operator = operator or "rotation"
-    if method == "remora" and not issubclass(OPERATORS[operator], Sharing):
+    if method == "remora" and OPERATORS[operator].regroup is Operator.regroup:
         warnings.warn(f"{operator} has no groups to renew: a merge of remora adds nothing that M could not")
     layers = find_targets(model, targets)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -372,7 +372,7 @@ def add_adapters(model: nn.Module, method="mora", rank=8, operator=None, targets
 
 
 def find_targets(model, targets):
-    """The linear layers that `targets` names, by full name, the first one of a layer that is used in several places."""
+    """The linear layers that `targets` names, by full name, or the first name of one that is used in several places."""
     layers = {name: module for name, module in model.named_modules()
               if name and type(module) is nn.Linear and module.in_features * module.out_features}
     uses = collections.Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
@@ -390,7 +390,7 @@ def find_targets(model, targets):
         names = ", ".join(untied) or "none"
         raise ValueError(f"no nn.Linear layer to adapt, and a tied output head is none; there are: {names}")
     for name, layer in chosen.items():
-        if "weight" not in layer._parameters:  # computed again in each forward, it would lose what is merged into it
+        if "weight" not in layer._parameters:  # each forward computes it anew, which would undo a merge
             raise ValueError(f"the weight of {name} is computed, as by weight_norm or pruning: remove that first")
     return chosen
 
@@ -411,7 +411,7 @@ def find_adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Put a merged nn.Linear in the place of every adapted layer, and return the model. All parameters stay frozen."""
+    """Put a merged nn.Linear in the place of every adapted layer, and return the model. Nothing is unfrozen."""
     replace_modules(model, {id(adapter): adapter.merge() for adapter in find_adapters(model).values()})
     return model
 
@@ -461,16 +461,16 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module
 
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------
-# The rest may be deleted, together with MoRALinear.forward: results stay the same. All of it follows from the
+# The rest may be deleted, together with MoRALinear.forward: results change by rounding only. All of it follows from the
 # operators' compress and decompress, so an operator of your own is fast as well.
 
 
 def fast_forward(layer, x):
-    """(W0 + ΔW) x + bias as one matrix product, at close to the frozen layer's cost; as defined where there are too few
-    tokens to build ΔW for, where dropout gives W0 and ΔW different x, or where the frozen layer has hooks or learns.
+    """(W0 + ΔW) x + bias as one matrix product, at close to the frozen layer's cost; as Adapter.forward has it where
+    tokens are too few to build ΔW for, dropout gives W0 and ΔW different x, or the frozen layer has hooks or learns.
     """
     linear, k, d = layer.linear, layer.in_features, layer.out_features
-    side = layer.operator.rows * layer.size if is_decoupling(layer.operator) else k  # of what ΔW is built from
+    side = layer.operator.rows * layer.size if is_decoupling(layer.operator) else k  # building ΔW costs about side²
     few = 2 * x.numel() < k * min(k, d) or 4 * x.numel() < side**2
     dropped = layer.training and layer.dropout.p > 0
     hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
@@ -511,11 +511,11 @@ class MergedProduct(torch.autograd.Function):
 
 
 def fast_merged_weight(operator, M, weight):
-    """W0 + ΔW (d, k) as merging adds them. What z is for the unit vectors is block diagonal in Decoupling."""
+    """W0 + ΔW (d, k) as merging adds them. With x = I, Decoupling's z is block diagonal."""
     k, eye = operator.in_features, functools.partial(torch.eye, dtype=M.dtype, device=M.device)
     with torch.autocast(M.device.type, enabled=False):
         if is_decoupling(operator):
-            blocks = operator.rotate(eye(len(M))[:, None].expand(-1, operator.rows, -1)) @ M.T  # M Rᵢ: (inputs, n, r̂)
+            blocks = operator.rotate(eye(len(M))[:, None].expand(-1, operator.rows, -1)) @ M.T  # (M Rᵢ)ᵀ: (r̂, n, r̂)
             z = torch.block_diag(*blocks.unbind(1))  # (n r̂, n r̂)
             z = F.pad(z, (0, 0, 0, k - len(z))).unflatten(-1, blocks.shape[1:])  # (k, n, r̂)
         else:
@@ -537,10 +537,10 @@ def fast_decompress_transposed(operator, g, z_shape):
 
 
 def is_decoupling(operator):
-    """Decoupling and Rotation have lines of their own: ΔW has blocks, and M's gradient Σ gᵢ (Rᵢ xᵢ)ᵀ is Σ (gᵢ xᵢᵀ) Rᵢᵀ,
-    so that n products are rotated, which are small, instead of all of x.
+    """Decoupling and Rotation, not a subclass, have a faster way: ΔW is built block by block, and M's gradient
+    Σ gᵢ (Rᵢ xᵢ)ᵀ as Σ (gᵢ xᵢᵀ) Rᵢᵀ, which rotates n small products instead of all of x.
     """
-    return type(operator).compress is Decoupling.compress
+    return type(operator) in (Decoupling, Rotation)
 
 
 def decoupling_gradient(operator, x, g):

@@ -45,7 +45,7 @@ def evaluate(model, dataset):
     """A model's metrics on the validation rows of a data set. FloatingPointError if the loss is not finite.
 
     A token is right if it is the likeliest after the true ones before it, so a row with all targets right is what
-    greedy decoding would write: exact_match is the fraction of these, char_accuracy that of right hex digits.
+    greedy decoding would write: exact_match is the fraction of such rows, char_accuracy that of right hex digits.
     """
     sums = collections.Counter()
     for idx, targets in dataset.validation():
@@ -63,7 +63,7 @@ def evaluate(model, dataset):
         raise FloatingPointError("the loss is not finite: try a lower --learning_rate")
     metrics = {"char_accuracy": sums["char"] / sums["rows"], "exact_match": sums["exact"] / sums["rows"],
                "val_loss": loss, "perplexity": math.exp(min(loss, 700))}
-    old_text = getattr(dataset, "old_text", None)  # of which it is measured how much was forgotten
+    old_text = getattr(dataset, "old_text", None)  # to measure what was forgotten
     return {name: metrics[name] for name in dataset.metrics} | (
         {"old_loss": evaluate(model, old_text)["val_loss"]} if old_text else {})
 
@@ -104,16 +104,16 @@ def load_base(args):
         return GPT(config) if args.init == "scratch" else demo_base(args, config, tokenizer), tokenizer
     with rank_0_first():
         model = GPT.from_pretrained(args.init, args.n_head)
-    known = model.config.vocab_size
-    name = args.tokenizer or ("bytes" if known == data.TOKENIZERS["bytes"] else "gpt2")
-    if data.TOKENIZERS[name] > known:
-        raise ValueError(f"--tokenizer {name} has {data.TOKENIZERS[name]} tokens, and {args.init} knows {known}")
+    vocab_size = model.config.vocab_size
+    name = args.tokenizer or ("bytes" if vocab_size == data.TOKENIZERS["bytes"] else "gpt2")
+    if data.TOKENIZERS[name] > vocab_size:
+        raise ValueError(f"--tokenizer {name} has {data.TOKENIZERS[name]} tokens, and {args.init} knows {vocab_size}")
     return model, data.get_tokenizer(name)
 
 
 def demo_base(args, gpt_config, tokenizer):
     """A small GPT that knows text and what pairs look like. It is pretrained once for each out_dir and size."""
-    identity = repr((gpt_config, DEMO_BASE, DEMO_TEXT, args.dtype, sys.version_info[:2]))  # whose library differs
+    identity = repr((gpt_config, DEMO_BASE, DEMO_TEXT, args.dtype, sys.version_info[:2]))  # each has another library
     folder = Path(args.out_dir, f"base-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
     if not (folder / "model.pt").exists():
         machine = {name: getattr(args, name) for name in ("device", "dtype", "compile", "resume")}
@@ -136,7 +136,7 @@ def adapt(model, config):
     if config.method == "full":
         return model
     options = {"groups": config.groups} if config.groups else {"fold": True} if config.fold else {}
-    options |= {} if config.operator else {"alpha": config.alpha, "rslora": config.rslora}
+    options |= {} if config.operator else {"alpha": config.alpha, "rslora": config.rslora}  # runs() has MoRA's operator
     options["dropout"] = config.dropout
     mora.add_adapters(model, config.method, config.rank, config.operator, config.targets, **options)
     if config.init == "scratch":
@@ -149,14 +149,14 @@ def adapt(model, config):
 
 def make_optimizer(model, config):
     """AdamW on what trains. B in LoRA+, and what is in no adapter, have peak learning rates of their own."""
-    adapters = {parameter for module in model.modules() if isinstance(module, mora.Adapter)
-                for parameter in module.parameters()}
+    in_adapters = {parameter for module in model.modules() if isinstance(module, mora.Adapter)
+                   for parameter in module.parameters()}
     groups = {}
     for name, parameter in model.named_parameters():
         rate = config.learning_rate
         if config.method == "lora+" and name.endswith(".B"):
             rate *= config.lora_plus_ratio
-        elif config.method != "full" and parameter not in adapters:
+        elif config.method != "full" and parameter not in in_adapters:
             rate = rate if config.other_learning_rate is None else config.other_learning_rate
         if parameter.requires_grad:
             groups.setdefault(rate, []).append(parameter)
@@ -170,10 +170,10 @@ def restarts_before(step, config):  # exercise 18
 
 
 def schedule(step, config):  # exercise 18
-    """The learning rate of a step, as a fraction of its peak: linear warm-up to 1, then the fall, to 0 at `max_steps`.
+    """The learning rate of a step, as a fraction of its peak: linear warm-up to 1, then the fall, if any, to 0.
 
-    Where adapters restart, after a merge or a full-rank warm-up, the rate rises once more, over `restart_warmup` steps
-    from 0 back onto that curve: ReLoRA's jagged schedule.
+    Where adapters restart, after a merge or a full-rank warm-up, the rate rises once more, over `restart_warmup` steps,
+    back onto that curve: ReLoRA's jagged schedule.
     """
     progress = max(0.0, (step - config.warmup_steps) / (config.max_steps - config.warmup_steps))
     fall = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[config.schedule]
@@ -201,8 +201,8 @@ def autocast(config):
 
 
 def train(model, dataset, config, folder, first=0, last=None):
-    """Train `model` in place from step `first` to `last`; -> the rows of folder/metrics.csv, one per evaluation, and
-    how many seconds it took, those before it was resumed included.
+    """Train `model` in place from step `first` to `last`; -> the rows of metrics.csv, one per evaluation, and seconds.
+    (Before adapters, a full-rank warm-up is a `train` of its own, up to their `first`.)
     """
     last = last or config.max_steps
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
@@ -221,7 +221,7 @@ def train(model, dataset, config, folder, first=0, last=None):
     on_signals(request_stop)
     try:
         for step in range(first, last):
-            # All randomness in a step is a function of (seed, step), so a resumed run repeats it exactly
+            # All randomness is a function of (seed, step) and the process, so a resumed run repeats it exactly
             torch.manual_seed(data.seeded("step", config.seed, step, RANK).initial_seed())
 
             # Merge
@@ -444,9 +444,10 @@ def check_settings(args, task):
     check(task not in ("text", "pairs") or args.data, f"the task {task} needs --data FILE")
     check((args.block_size or 72) >= 72 or task != "uuid" and args.init != "demo",
           f"--block_size {args.block_size} is too short: a pair of UUIDs takes 72 tokens")
+    operators = args.operator or ["sharing" if "remora" in args.methods else "rotation"]
     for name, kind in {"fold": mora.Decoupling, "groups": mora.Sharing}.items():
-        check(not getattr(args, name) or all(issubclass(mora.OPERATORS[operator], kind) for operator in
-              args.operator or ["rotation"]), f"--{name} needs an --operator made from {kind.__name__}")
+        check(not getattr(args, name) or all(issubclass(mora.OPERATORS[each], kind) for each in operators),
+              f"--{name} means nothing to the operator {' or '.join(operators)}")
     files = [file for name in ("data", "val_data", "old_data") for file in getattr(args, name, None) or ()]
     args.inputs = data.fingerprint(files + [args.init] * os.path.isfile(args.init))
 
@@ -749,7 +750,7 @@ def run_all(argv):
     """All runs of a command line, then their table; -> the exit status: 2 if one diverged, else 0."""
     args = parse_args(argv)
     device_name = choose_device(args)
-    mora.MoRALinear.fast = args.fast
+    mora.MoRALinear.fast &= args.fast
     if WORLD_SIZE > 1:  # the first process may have data to prepare for hours
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo", timeout=timedelta(days=1))
     write(Path(args.out_dir, ".writable"), lambda file: None)  # whether it can be written to shows now
@@ -776,8 +777,7 @@ def main(argv=None):
     try:
         status = run_all(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as interrupt:
-        print(f"\ntrain.py: {str(interrupt) or 'stopped: the same command with --resume continues from what is saved'}",
-              file=sys.stderr)
+        print(f"\ntrain.py: {str(interrupt) or 'stopped: --resume continues from what is saved'}", file=sys.stderr)
         status = 130
     except Exception as error:
         reason, status = str(error).splitlines()[0] if str(error) else "", 2

@@ -43,6 +43,7 @@ class Wrong(Exception):
 
 
 # ---- Functions in a source -------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=50)
 def functions(source):
     """{"function" or "Class.method": its text, with decorators}; found by indentation where the source is no Python."""
     lines, found, owner = source.split("\n"), {}, ""
@@ -62,7 +63,8 @@ def functions(source):
                 end += 1
             while not lines[end - 1].strip() or re.match(rf"(?!{indent} )\s*#", lines[end - 1]):
                 end -= 1  # what stands before the next function is not this one's
-            found[(owner if indent else "") + match[2]] = "\n".join(lines[start:end])
+            if bool(owner) == bool(indent):  # else a function in a function
+                found[owner + match[2]] = "\n".join(lines[start:end])
     return found
 
 
@@ -82,10 +84,13 @@ def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def swap(source, name, text):
-    """The source with another text of one of its functions; unchanged if it has no such function, or has it twice."""
-    old = functions(source).get(name)
-    return source.replace(old, text) if old and source.count(old) == 1 else source
+def swap(source, texts):
+    """The source with other texts of some functions. What it has not, or more than once, stays."""
+    found = functions(source)
+    for name, text in texts.items():
+        if name in found and source.count(found[name]) == 1:
+            source = source.replace(found[name], text)
+    return source
 
 
 def is_python(text):
@@ -152,17 +157,14 @@ class Part:
         return self.text if self.state == OWN else read(kept[max(kept)]) if kept else None
 
     def find(self, what):
-        """The text of the stub, the solution or the user's own code."""
+        """The text of the stub, the solution, or the user's own code."""
         if self.state == LOST:
             raise Wrong(f"{self.file} has no {self.name} any more: write its def line again, or get the file anew")
-        if what == "stub":
-            return stub(self.solution or self.text, self.number, self.name)
-        if what == "own" and not self.own:
-            raise Wrong(f"you have not written {self.name} yet")
         if what == "solution" and not self.solution:
             raise Wrong(f"the solution of {self.name} is not here: " + (
                 f"get {self.file} from the project again" if self.project.for_teachers else "ask your teacher"))
-        return self.own if what == "own" else self.solution
+        stub_text = stub(self.solution or self.text, self.number, self.name)
+        return {"stub": stub_text, "solution": self.solution, "own": self.own or self.text}[what]
 
     def put(self, text):
         """Let `text` stand in the function's place; code of the user's own is kept before."""
@@ -176,10 +178,6 @@ class Part:
             write(own, self.text)
             print(f"your {self.name} is kept in {own}")
         write(path, source.replace(self.text, text))
-
-    def difference(self):
-        mine, solution = (self.find(what).splitlines() for what in ("own", "solution"))
-        return "\n".join(difflib.unified_diff(mine, solution, f"your {self.name}", "the solution", n=99, lineterm=""))
 
 
 class Project:
@@ -198,10 +196,12 @@ class Project:
         self.all_parts = [Part(self, number, file, name, found[file].get(name), hashed)
                           for file, name, number, hashed in hashed]
         self.parts = {number: [part for part in self.all_parts if part.number == number] for number in self.exercises}
-        kept = {part.key: part.solution for part in self.all_parts if part.solution}
-        if kept != self.kept:  # kept before they are asked for: the next edit may be made by hand
-            self.kept = kept
-            write(self.folder / "solutions.json", json.dumps(kept, indent=1))
+
+    def foreign_code(self):
+        """What is not the project's, in words; whoever has never used these commands has changed a solution himself."""
+        parts = [part for part in self.all_parts if part.state != SOLUTION]
+        used = parts and (self.kept or any(part.state == OUT for part in parts))
+        return f"{parts[0].state}, {parts[0].name}" if used else ""
 
     def code(self, number):
         """A hash of what stands in the code: marks are good for as long as it does."""
@@ -213,16 +213,16 @@ class Project:
         """
         sources = {}
         for file in FILES:
-            ours, source = self.sources[file], theirs.get(file, "")
-            found = functions(source)
-            complete = all(part.name in found for part in self.all_parts if part.file == file)
-            for part in (part for part in self.all_parts if part.file == file):
+            found, texts = functions(theirs.get(file, "")), {}
+            parts = [part for part in self.all_parts if part.file == file]
+            for part in parts:
                 text = found.get(part.name) or stub(part.solution or part.text or "", part.number, part.name)
                 if part.number != number and (part.solution or not is_python(text)):
                     text = part.solution or stub(text, part.number, part.name)
-                    source = swap(source, part.name, text)
-                ours = swap(ours, part.name, text)
-            sources[file] = source if complete and is_python(source) else ours
+                texts[part.name] = text
+            sources[file] = swap(theirs.get(file, ""), texts)
+            if not all(part.name in found for part in parts) or not is_python(sources[file]):
+                sources[file] = swap(self.sources[file], texts)
         return sources
 
 
@@ -279,7 +279,7 @@ def hand_out(project, folder, numbers):
     for part, solution in solutions.items():
         out = stub(solution, part.number, part.name)
         path = folder / part.file
-        write(path, swap(read(path), part.name, out if part.number in numbers else solution))
+        write(path, swap(read(path), {part.name: out if part.number in numbers else solution}))
         for link, code in re.findall(r"(\[`([^`\n]+)`\]\(\w+\.py[^)]*\))", readme):
             if part.number in numbers and code in solution and code not in out:
                 readme = readme.replace(link, f"`{part.name}`")
@@ -290,7 +290,7 @@ def hashes(root):
     """solutions.json, from the marks in the sources."""
     found = [(int(mark[1]), file, name, digest(text)) for file in FILES
              for name, text in functions(read(root / file)).items()
-             if (mark := re.search(r"(?m)^ *def .*# exercise (\d+)$", text))]
+             if (mark := re.search(r"(?m)^ *def .*# exercise (\d+)\b", text))]
     found.sort(key=lambda row: row[0])
     rows = [f'"{file} {name}": [{number}, "{hashed}"]' for number, file, name, hashed in found]
     return "{" + ",\n ".join(rows) + "}\n"
@@ -319,6 +319,9 @@ def run(args, root):
     if args.command == "hashes":
         return write(root / "tests" / "solutions.json", hashes(root))
     project = Project(root)
+    kept = {part.key: part.solution for part in project.all_parts if part.solution}
+    if kept != project.kept:  # before they are asked for: the next edit may be made by hand
+        write(project.folder / "solutions.json", json.dumps(kept, indent=1))
     known, numbers = project.exercises, []
     for word in args.numbers:
         if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", word)):
@@ -338,8 +341,13 @@ def run(args, root):
     parts = [part for number in numbers for part in project.parts[number]]
     if len(numbers) == 1 and not parts:
         raise Wrong(f"exercise {numbers[0]} has nothing to take out: EXERCISES.md says what to write, and where")
+    if args.command in ("own", "diff") and not any(part.own for part in parts):
+        raise Wrong("there is no code of your own")
     if args.command == "diff":
-        return print("\n".join(part.difference() for part in parts))
+        for part in parts:
+            mine, solution = (part.find(what).splitlines() for what in ("own", "solution"))
+            print(*difflib.unified_diff(mine, solution, f"your {part.name}", "solution", n=99, lineterm=""), sep="\n")
+        return
     texts = [part.find(args.command or "stub") for part in parts]  # before anything is changed
     for part, text in zip(parts, texts):
         part.put(text)

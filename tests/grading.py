@@ -1,4 +1,4 @@
-"""Grades exercises: runs the tests of test_exercises.py on given sources, without pytest, and says what is wrong.
+"""Grades exercises: calls their tests on given sources, without pytest, and says what is wrong.
 
 `outcomes` does so in this process, and `grade` in another one, which may hang or crash. exercise.py has the commands.
 """
@@ -18,8 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("mora.py", "data.py", "train.py", "tests/compare.py", "tests/measure.py")
-GRADERS = "tests/test_exercises.py"
-LIMIT = 60  # seconds that a test may take
+GRADERS = ("tests/test_linear_maps.py", "tests/test_exercises.py")
+LIMIT, START = 60, 300  # seconds that a test may take, and the import of torch before the first one
+METHOD = "spawn"  # how the other process begins
 
 
 @functools.lru_cache(maxsize=200)
@@ -31,16 +32,16 @@ def compiled(file, source):
 
 
 def load(sources, root=ROOT):
-    """The graders as a module, over modules of these {file: source}. What is missing is read from the project."""
-    names = [Path(file).stem for file in (*FILES, GRADERS)]
+    """The graders as modules, over modules of these {file: source}. What is missing is read from the project."""
+    names = [Path(file).stem for file in (*FILES, *GRADERS)]
     before, path = {name: sys.modules[name] for name in names if name in sys.modules}, list(sys.path)
     try:
-        for file, name in zip((*FILES, GRADERS), names):
+        for file, name in zip((*FILES, *GRADERS), names):
             module = sys.modules[name] = types.ModuleType(name)
             module.__file__ = str(root / file)
             source = sources[file] if file in sources else (root / file).read_text(encoding="utf-8")
             exec(compiled(file, source), vars(module))
-        return module
+        return [sys.modules[name] for name in names[len(FILES):]]
     finally:
         for name in names:
             sys.modules.pop(name, None)
@@ -49,10 +50,16 @@ def load(sources, root=ROOT):
 
 
 def tests_of(number, graders):
-    """[(name, call), ...] of the tests that carry an exercise's mark; parametrized ones for each row that does."""
-    tests = []
-    for name, test in vars(graders).items():
-        marks = getattr(test, "pytestmark", []) if name.startswith("test_") else []
+    """[(name, call), ...] of the tests that carry an exercise's mark; of parametrized ones, each row that does."""
+    functions, tests = [], []
+    for name, each in itertools.chain(*(vars(module).items() for module in graders)):
+        marks = getattr(each, "pytestmark", [])
+        if name.startswith("test_"):
+            functions.append((name.removeprefix("test_"), each, marks))
+        elif name.startswith("Test"):
+            functions += [(f"{name[4:]}: {method[5:]}", getattr(each(), method), marks + getattr(test, "pytestmark", []))
+                          for method, test in vars(each).items() if method.startswith("test_")]
+    for name, function, marks in functions:
         rows = [({}, {mark.name for mark in marks})]
         for names, values in (mark.args for mark in marks if mark.name == "parametrize"):
             names = re.split(r", *", names)
@@ -60,16 +67,14 @@ def tests_of(number, graders):
                       (value if len(names) > 1 else [value], []) for value in values]
             rows = [(chosen | dict(zip(names, value)), known | {mark.name for mark in more})
                     for (chosen, known), (value, more) in itertools.product(rows, values)]
-        for chosen, known in rows:
-            if f"ex{number}" in known:
-                words = [name.removeprefix("test_").replace("_", " "), *map(str, chosen.values())]
-                tests.append((", ".join(words), functools.partial(test, **chosen)))
+        tests += [(", ".join([name.replace("_", " "), *map(str, chosen.values())]), functools.partial(function, **chosen))
+                  for chosen, known in rows if f"ex{number}" in known]
     return tests
 
 
 def fault(call):
     """What a test raises, called as pytest would; None if it passes."""
-    import torch  # here, as the commands that grade nothing do not need it
+    import torch  # here, as most commands do not need it
     torch.manual_seed(0)
     try:
         call()
@@ -99,12 +104,14 @@ def describe(error):
     if not isinstance(error, AssertionError):
         text = f"{type(error).__name__}: {text}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if frame.filename.startswith("graded/") and GRADERS not in frame.filename]
+              if frame.filename.startswith("graded/") and not any(file in frame.filename for file in GRADERS)]
     return f"{text} (in {frames[-1].name}: {frames[-1].line})" if frames else text
 
 
 def work(connection, jobs, root):
     """Of each (number, sources), send the names of the tests, and then what is wrong with each."""
+    import torch
+    torch.set_num_threads(1)  # all is small, and threads would wait for each other
     sys.path[:0] = [str(root), str(root / "tests")]
     warnings.simplefilter("ignore")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -124,7 +131,7 @@ def receive(connection, limit):
 
 def grade(jobs, root=ROOT):
     """{number: [(test, what is wrong or ""), ...]} of [(number, sources), ...], in another process."""
-    results, jobs, context = {}, list(jobs), multiprocessing.get_context("spawn")
+    results, jobs, context = {}, list(jobs), multiprocessing.get_context(METHOD)
     while jobs:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=work, args=(sender, jobs, root), daemon=True)
@@ -133,7 +140,7 @@ def grade(jobs, root=ROOT):
         try:
             while jobs:
                 names, done = ["the code loads"], []
-                names = receive(receiver, 3 * LIMIT)  # it may have to import torch first
+                names = receive(receiver, START)
                 while len(done) < len(names):
                     done.append(receive(receiver, LIMIT))
                 results[jobs.pop(0)[0]] = list(zip(names, done))

@@ -481,7 +481,10 @@ def test_a_layer_used_in_several_places_gets_one_adapter():
 
 def test_remora_has_groups_to_renew():
     model = add_adapters(Net(), "remora")
-    assert {str(layer.operator) for layer in mora.find_adapters(model).values()} == {"Sharing(groups=cycle)"}
+    for model in (model, add_adapters(Net(), "remora", operator="sharing")):
+        assert {str(layer.operator) for layer in mora.find_adapters(model).values()} == {"Sharing(groups=cycle)"}
+    model = add_adapters(Net(), "remora", operator="sharing", groups="random")
+    assert {layer.operator.groups for layer in mora.find_adapters(model).values()} == {("random", "random")}
     with pytest.warns(UserWarning, match="rotation has no groups"):
         add_adapters(Net(), "remora", operator="rotation")
 
@@ -671,7 +674,8 @@ class OwnDecoupling(mora.Decoupling):
 
 OWN = {"own": Own, "own rows": OwnRows, "own decoupling": OwnDecoupling,
        "own sharing": type("OwnSharing", (mora.Sharing,), {"decompress": lambda self, z: 3 * mora.Sharing.decompress(self, z)}),
-       "own rotation": type("OwnRotation", (mora.Rotation,), {"rotate": lambda self, rows: rows.flip(-1)})}
+       "own rotation": type("OwnRotation", (mora.Rotation,), {"rotate": lambda self, rows: rows.flip(-2)}),
+       "own output": type("OwnOutput", (mora.Rotation,), {"decompress": lambda self, z: mora.Rotation.decompress(self, z).flip(-1)})}
 
 
 @pytest.fixture

@@ -288,6 +288,22 @@ def test_an_operator_made_from_sharing_gets_groups(monkeypatch):
     assert [config.groups for config in configs] == ["strided", "cycle"]
 
 
+def test_no_fast_computes_every_layer_as_defined(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(mora.MoRALinear, "fast", True)
+    seen, forward = [], mora.Operator.forward
+    monkeypatch.setattr(mora.Operator, "forward", lambda self, x, M: seen.append(len(x)) or forward(self, x, M))
+    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "mora", "--max_steps", 3, "--out_dir", tmp_path]
+    for options, calls in (([], 0), (["--no-fast"], 4 * 3)):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "evaluate", lambda *_: {"char_accuracy": 0.0, "exact_match": 0.0})
+            patch.setattr(train, "update_rank", lambda *_: None)
+            patch.setattr(train, "show_completion", lambda *_: None)
+            patch.setattr(train, "check_start", lambda *_: None)
+            assert cli(*command, *options) == 0
+        assert len(seen) == calls, "a breakpoint in Eq. 2 stops for each layer in each step"
+
+
 def test_runs_are_the_combinations_of_what_concerns_a_method():
     args = train.parse_args("uuid --methods full lora mora remora --rank 1 2 --operator sharing --groups cycle random "
                             "--seed 0 1".split())
