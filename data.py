@@ -84,7 +84,7 @@ def encode_uuid_pairs(pairs, tokenizer) -> torch.Tensor:
 
 class UUIDPairs:
     """Random pairs to memorize: idx (batch_size, 72), and the value as the targets (batch_size, 36)."""
-    metrics = ("char_accuracy", "exact_match")
+    metrics = ("char_accuracy", "exact_match", "bits")
 
     def __init__(self, n_pairs, tokenizer, batch_size, seed, device="cpu"):
         self.batch_size, self.seed = batch_size, seed

@@ -46,6 +46,7 @@ def evaluate(model, dataset):
 
     A token is right if it is the likeliest after the true ones before it, so a row with all targets right is what
     greedy decoding would write: exact_match is the fraction of such rows, char_accuracy that of right hex digits.
+    bits is how many of the 122 random ones in each UUID the model knows: what the cross entropy leaves of them.
     """
     sums = collections.Counter()
     for idx, targets in dataset.validation():
@@ -62,7 +63,8 @@ def evaluate(model, dataset):
     if not math.isfinite(loss):
         raise FloatingPointError("the loss is not finite: try a lower --learning_rate")
     metrics = {"char_accuracy": sums["char"] / sums["rows"], "exact_match": sums["exact"] / sums["rows"],
-               "val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+               "bits": 122 * sums["rows"] - sums["loss"] / math.log(2), "val_loss": loss,
+               "perplexity": math.exp(min(loss, 700))}
     old_text = getattr(dataset, "old_text", None)  # to measure what was forgotten
     return {name: metrics[name] for name in dataset.metrics} | (
         {"old_loss": evaluate(model, old_text)["val_loss"]} if old_text else {})
@@ -123,7 +125,6 @@ def demo_base(args, gpt_config, tokenizer):
         say("pretraining the demo's base, once, on Python's standard library and random pairs")
         train(model, data.DemoText(DEMO_TEXT, tokenizer, config.batch_size, 0, config.device), config, folder)
         write(folder / "model.pt", model.export)
-    say(f"base: {folder / 'model.pt'}")
     with rank_0_first():
         return GPT.from_pretrained(str(folder / "model.pt"))
 
@@ -294,16 +295,16 @@ def forward_backward(network, idx, targets, config, scaler):
 
 
 def format_metrics(metrics):
-    forms = {"char_accuracy": ".1%", "exact_match": ".1%"}
+    forms = {"char_accuracy": ".1%", "exact_match": ".1%", "bits": ",.0f"}
     return "  ".join(f"{name.replace('_', ' ')} {value:{forms.get(name, '.4f')}}" for name, value in metrics.items())
 
 
 # ==== A learner may stop here: this was the method. The rest is for whoever runs it ===================================
 METHODS, GROUPS = ("full", *mora.METHODS), ("strided", "contiguous", "random", "cycle")
 FLAGS = {"method": "methods"}  # options that are called otherwise than their settings
-
 # Peak learning rates for --init demo at r = 2, for scratch at r = 4, from sweeps here, and for given weights at r = 8,
-# within what the paper searched for 7B. Those of adapters fall as 1 / sqrt(r), as sweeps at r = 2 and 8 suggest.
+# within what the paper searched for 7B. Those of adapters fall as 1 / sqrt(r), as sweeps at r = 2 and 8 suggest. An
+# operator that is not in the table has rotation's.
 LEARNING_RATES = {
     "full": (2e-3, 1e-2, 3e-5), "lora": (2e-2, 3e-3, 2e-4), "lora+": (5e-3, 1e-3, 2e-4), "asylora": (5e-2, 3e-3, 2e-4),
     "dora": (2e-2, 3e-3, 2e-4), "relora": (2e-2, 3e-3, 2e-4), "truncation": (5e-2, 3e-2, 3e-4),
@@ -312,7 +313,6 @@ LEARNING_RATES = {
 
 
 def default_learning_rate(method, operator, init, rank):
-    """The peak learning rate of a method. An operator that is not in the table has rotation's."""
     i = {"demo": 0, "scratch": 1}.get(init, 2)
     rate = LEARNING_RATES.get(operator or method, LEARNING_RATES["rotation"])[i]
     return rate if method == "full" else float(f"{rate * math.sqrt((2, 4, 8)[i] / rank):.2g}")
@@ -678,7 +678,6 @@ def finished(folder, config):
 
 
 def count(model):
-    """How many parameters there are, train, and train in adapters; and r̂, from the least to the largest."""
     adapters = [module for module in model.modules() if isinstance(module, mora.Adapter)]
     sizes = sorted(adapter.size for adapter in adapters if isinstance(adapter, mora.MoRALinear))
     parameters = {"trainable": [p for p in model.parameters() if p.requires_grad], "total": [*model.parameters()],
@@ -735,6 +734,7 @@ def columns(result):
     figures = {f"step {row['step']}": (100 * row["char_accuracy"], 1) for row in moments}
     figures |= {key.replace("_", " "): (last[key], 3) for key in ("val_loss", "perplexity", "old_loss") if key in last}
     figures |= {"exact": (100 * last["exact_match"], 1)} if "exact_match" in last else {}
+    figures |= {"bits / parameter": (last["bits"] / result["trainable_parameters"], 2)} if "bits" in last else {}
     figures |= {"rank of ΔW": (result["update_rank"], 0)} if result["update_rank"] is not None else {}
     return figures | {"seconds": (result["seconds"], 0)}
 

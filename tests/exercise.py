@@ -15,7 +15,6 @@ no other code is taken for one. tests/kept/ has the solutions, your own code, an
 """
 
 import argparse
-import ast
 import contextlib
 import difflib
 import functools
@@ -26,14 +25,13 @@ import os
 import re
 import shutil
 import subprocess
-import textwrap
 from pathlib import Path
 
 import grading
-from grading import FILES, ROOT
+from grading import FILES, ROOT, functions, is_python, stub, swap
 
 HANDED_OUT = ("*.py", "README.md", "LICENSE", "pytest.ini", "requirements.txt", ".gitignore", "assets/*", "tests/*.py",
-              "tests/solutions.json", "tests/EXERCISES.md")
+              "tests/solutions.json", "tests/EXERCISES.md", "tests/RESULTS.md")
 FOR_TEACHERS = ("test_graders.py", "test_readme.py")
 SOLUTION, OUT, OWN, LOST = "solution", "taken out", "own code", "def line missing"
 
@@ -42,62 +40,8 @@ class Wrong(Exception):
     """What the user is told in one line."""
 
 
-# ---- Functions in a source -------------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=50)
-def functions(source):
-    """{"function" or "Class.method": its text, with decorators}; found by indentation where the source is no Python."""
-    lines, found, owner = source.split("\n"), {}, ""
-    with contextlib.suppress(SyntaxError, ValueError):
-        tree = ast.parse(source).body
-        owners = [("", tree), *((f"{node.name}.", node.body) for node in tree if isinstance(node, ast.ClassDef))]
-        return {prefix + node.name: "\n".join(lines[(node.decorator_list or [node])[0].lineno - 1:node.end_lineno])
-                for prefix, body in owners for node in body if isinstance(node, ast.FunctionDef)}
-    for i, line in enumerate(lines):
-        if line[:1].strip() and line[0] not in "#)":
-            owner = f"{match[1]}." if (match := re.match(r"class (\w+)", line)) else ""
-        if match := re.match(r"(    )?def (\w+)", line):
-            indent, start, end = match[1] or "", i, i + 1
-            while lines[start - 1].startswith(f"{indent}@"):
-                start -= 1
-            while end < len(lines) and re.match(rf"\s*(#|\)|$)|{indent} ", lines[end]):
-                end += 1
-            while not lines[end - 1].strip() or re.match(rf"(?!{indent} )\s*#", lines[end - 1]):
-                end -= 1  # what stands before the next function is not this one's
-            if bool(owner) == bool(indent):  # else a function in a function
-                found[owner + match[2]] = "\n".join(lines[start:end])
-    return found
-
-
-def stub(text, number, name):
-    """A function's text with its signature and docstring, and nothing else in its body but a NotImplementedError."""
-    lines = text.split("\n")
-    first = next((i for i, line in enumerate(lines) if line.lstrip().startswith("def ")), 0)
-    end = next((i + 1 for i in range(first, len(lines)) if re.search(r":\s*(#.*)?$", lines[i])), first + 1)
-    if docstring := re.match(r'\s*"""(.|\n)*?"""', "\n".join(lines[end:])):
-        end += docstring[0].count("\n") + 1
-    indent = " " * (len(lines[first]) - len(lines[first].lstrip()) + 4)
-    error = f'{indent}raise NotImplementedError("exercise {number}: write {name}, as EXERCISES.md says")'
-    return "\n".join([*lines[:end], error])
-
-
 def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def swap(source, texts):
-    """The source with other texts of some functions. What it has not, or more than once, stays."""
-    found = functions(source)
-    for name, text in texts.items():
-        if name in found and source.count(found[name]) == 1:
-            source = source.replace(found[name], text)
-    return source
-
-
-def is_python(text):
-    try:
-        return bool(compile(textwrap.dedent(text), "", "exec"))
-    except (SyntaxError, ValueError):
-        return False
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -269,21 +213,17 @@ def hand_out(project, folder, numbers):
     """A copy for students: these exercises taken out, and nothing in it that has their solutions."""
     if folder.exists():
         raise Wrong(f"{folder} exists already")
-    solutions = {part: part.find("solution") for part in project.all_parts}
+    for part in project.all_parts:
+        part.find("solution")  # or say that it is not here
     for path in itertools.chain(*map(project.root.glob, HANDED_OUT)):
         if path.name not in FOR_TEACHERS:
             copy = folder / path.relative_to(project.root)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
-    readme = read(folder / "README.md")
-    for part, solution in solutions.items():
-        out = stub(solution, part.number, part.name)
-        path = folder / part.file
-        write(path, swap(read(path), {part.name: out if part.number in numbers else solution}))
-        for link, code in re.findall(r"(\[`([^`\n]+)`\]\(\w+\.py[^)]*\))", readme):
-            if part.number in numbers and code in solution and code not in out:
-                readme = readme.replace(link, f"`{part.name}`")
-    write(folder / "README.md", readme)
+    for file, source in project.sources.items():
+        texts = {part.name: part.find("stub" if part.number in numbers else "solution")
+                 for part in project.all_parts if part.file == file}
+        write(folder / file, swap(source, texts))
 
 
 def hashes(root):

@@ -1,8 +1,7 @@
 """A page of figures for a lecture, drawn with the code as it stands: your own, where you are working on exercises.
 
-    python tests/figures.py                          all of them, to figures.png
+    python tests/figures.py                          all of them, to out/figures.png
     python tests/figures.py updates rank             some: updates, rank, schedule, spectra, bits
-    python tests/figures.py bits --png bits.png
 
 The numbers are printed as well; pictures need matplotlib. All of it takes a minute.
 """
@@ -134,7 +133,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {figure.__name__: figure for figure in FIGURES}
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=", ".join(known))
-    parser.add_argument("--png", type=Path, default="figures.png")
+    parser.add_argument("--png", type=Path, default="out/figures.png")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.figures if name not in known]:
         parser.error(f"there is no figure {unknown[0]}: they are {', '.join(known)}")
@@ -143,7 +142,7 @@ def main(argv=None):
     page, axes = None, [Nowhere()] * sum(FIGURES[figure] for figure in chosen)
     try:
         from matplotlib.figure import Figure
-        columns = min(len(axes), 4 if len(axes) > 6 else 5)
+        columns = min(len(axes), 5)
         rows = -(-len(axes) // columns)
         page = Figure(figsize=(4.5 * columns, 4 * rows), layout="constrained")
         axes = [*page.subplots(rows, columns, squeeze=False).flat]
@@ -160,6 +159,7 @@ def main(argv=None):
     for axis in axes:
         axis.set_axis_off()
     if page:
+        args.png.parent.mkdir(parents=True, exist_ok=True)
         page.savefig(args.png, dpi=110)
         print(f"drawn: {args.png}")
 

@@ -1,8 +1,9 @@
-"""Grades exercises: calls their tests on given sources, without pytest, and says what is wrong.
+"""Finds functions in sources, and grades exercises: calls their tests on given sources, and says what is wrong.
 
 `outcomes` does so in this process, and `grade` in another one, which may hang or crash. exercise.py has the commands.
 """
 
+import ast
 import contextlib
 import functools
 import itertools
@@ -11,6 +12,7 @@ import multiprocessing
 import os
 import re
 import sys
+import textwrap
 import traceback
 import types
 import warnings
@@ -23,6 +25,61 @@ LIMIT, START = 60, 300  # seconds that a test may take, and the import of torch 
 METHOD = "spawn"  # how the other process begins
 
 
+# ---- Functions in a source -------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=50)
+def functions(source):
+    """{"function" or "Class.method": its text, with decorators}; found by indentation where the source is no Python."""
+    lines, found, owner = source.split("\n"), {}, ""
+    with contextlib.suppress(SyntaxError, ValueError):
+        tree = ast.parse(source).body
+        owners = [("", tree), *((f"{node.name}.", node.body) for node in tree if isinstance(node, ast.ClassDef))]
+        return {prefix + node.name: "\n".join(lines[(node.decorator_list or [node])[0].lineno - 1:node.end_lineno])
+                for prefix, body in owners for node in body if isinstance(node, ast.FunctionDef)}
+    for i, line in enumerate(lines):
+        if line[:1].strip() and line[0] not in "#)":
+            owner = f"{match[1]}." if (match := re.match(r"class (\w+)", line)) else ""
+        if match := re.match(r"(    )?def (\w+)", line):
+            indent, start, end = match[1] or "", i, i + 1
+            while lines[start - 1].startswith(f"{indent}@"):
+                start -= 1
+            while end < len(lines) and re.match(rf"\s*(#|\)|$)|{indent} ", lines[end]):
+                end += 1
+            while not lines[end - 1].strip() or re.match(rf"(?!{indent} )\s*#", lines[end - 1]):
+                end -= 1  # what stands before the next function is not this one's
+            if bool(owner) == bool(indent):  # else a function in a function
+                found[owner + match[2]] = "\n".join(lines[start:end])
+    return found
+
+
+def stub(text, number, name):
+    """A function's text with its signature and docstring, and nothing else in its body but a NotImplementedError."""
+    lines = text.split("\n")
+    first = next((i for i, line in enumerate(lines) if line.lstrip().startswith("def ")), 0)
+    end = next((i + 1 for i in range(first, len(lines)) if re.search(r":\s*(#.*)?$", lines[i])), first + 1)
+    if docstring := re.match(r'\s*"""(.|\n)*?"""', "\n".join(lines[end:])):
+        end += docstring[0].count("\n") + 1
+    indent = " " * (len(lines[first]) - len(lines[first].lstrip()) + 4)
+    error = f'{indent}raise NotImplementedError("exercise {number}: write {name}, as EXERCISES.md says")'
+    return "\n".join([*lines[:end], error])
+
+
+def swap(source, texts):
+    """The source with other texts of some functions. What it has not, or more than once, stays."""
+    found = functions(source)
+    for name, text in texts.items():
+        if name in found and source.count(found[name]) == 1:
+            source = source.replace(found[name], text)
+    return source
+
+
+def is_python(text):
+    try:
+        return bool(compile(textwrap.dedent(text), "", "exec"))
+    except (SyntaxError, ValueError):
+        return False
+
+
+# ---- Grading ---------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=200)
 def compiled(file, source):
     """Code under a name of its own, by which a traceback finds the source that was graded."""

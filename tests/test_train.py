@@ -206,6 +206,16 @@ def test_exact_match_is_what_greedy_decoding_finds(base):
     assert metrics["exact_match"] == pytest.approx(exact)
 
 
+def test_bits_are_what_the_model_knows_of_the_values(base):
+    """By the definition, one pair at a time; of pairs that it never saw, the base knows nothing."""
+    model, pairs = GPT.from_pretrained(str(base)).eval(), data.UUIDPairs(5, data.get_tokenizer("bytes"), 4, seed=7)
+    bits = 0
+    for row in pairs.tokens:
+        log_p = model(row[None, :-1])[0][0].log_softmax(-1)
+        bits += 122 + sum(log_p[i - 1, row[i]].item() for i in range(37, 73)) / math.log(2)
+    assert train.evaluate(model, pairs)["bits"] == pytest.approx(bits, abs=0.01) and bits < 0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
 
@@ -235,7 +245,7 @@ def test_what_a_run_leaves(base, tmp_path, capsys):
     assert {file.name for file in folder.iterdir()} == {"metrics.csv", "results.json", "checkpoint.pt", "adapter.pt"}
     with open(folder / "metrics.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert list(table[0]) == ["step", "loss", "learning_rate", "tokens_per_second", "char_accuracy", "exact_match"]
+    assert list(table[0]) == ["step", "loss", "learning_rate", "tokens_per_second", "char_accuracy", "exact_match", "bits"]
     assert [row["step"] for row in table] == ["3", "6", "8"], "a row for every evaluation, and one at the end"
     results = json.loads((folder / "results.json").read_text())
     assert {"seed", "trainable_parameters", "total_parameters", "steps", "seconds", "config", "torch",
