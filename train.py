@@ -386,26 +386,26 @@ TASKS = {
 def parse_args(argv=()):
     """The settings, with lists where an option takes several values. Wrong ones end the program with exit status 2."""
     task = argv[0] if argv and argv[0] in TASKS else "uuid"
-    parser = argparse.ArgumentParser(usage=f"train.py [{' | '.join(TASKS)}] [options]", description=f"Task {task}.")
+    parser = argparse.ArgumentParser(usage=f"train.py [{' | '.join(TASKS)}] [options]", description=f"The task {task}.")
     parser.error = lambda message: parser.exit(2, f"train.py: error: {message} (train.py TASK -h has all options)\n")
     parser.add_argument("task", nargs="?", default="uuid", choices=TASKS, help="uuid: memorize pairs of random UUIDs; "
                         "c4: pretrain on C4; text: on --data; pairs: learn the completions of --data's prompts")
     for field in dataclasses.fields(Config):
-        how, default = field.metadata, field.default
+        how, flag, several = field.metadata, FLAGS.get(field.name, field.name), field.metadata.get("several")
         if "help" in how and task in how.get("tasks", TASKS):
-            several = how.get("several", False)
+            default = TASKS[task].get(flag, [field.default] if several and field.default is not None else field.default)
             settings = {"help": how["help"] + (f": {', '.join(how['choices'])}" if "choices" in how else "")}
-            settings["help"] += " (default: %(default)s)" if default not in (None, False) else ""
+            if default not in (None, False):
+                settings["help"] = re.sub(r" \(default.*?\)", "", settings["help"])
+                settings["help"] += f" (default: {' '.join(map(str, default)) if several else default})"
             if field.type is bool:
                 settings["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
             else:
                 settings |= {"type": str if field.type is list else field.type, "choices": how.get("choices"),
                              "metavar": "X", "nargs": "+" if several or field.type is list else None}
-            parser.add_argument(f"--{FLAGS.get(field.name, field.name)}", **settings,
-                                default=[default] if several and default is not None else default)
+            parser.add_argument(f"--{flag}", default=default, **settings)
         elif f"--{field.name}" in argv:
             parser.error(f"--{field.name} means nothing to the task {task}: it is for {' and '.join(how['tasks'])}")
-    parser.set_defaults(**TASKS[task])
     args = parser.parse_args(argv)
     try:
         check_settings(args, task)
@@ -569,7 +569,7 @@ def load_checkpoint(folder, config, model, optimizer, scaler):
             assert parameter.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape, "optimizer state"
         step, rows, losses, seconds = (state[name] for name in ("step", "rows", "losses", "seconds"))
         assert step in range(config.max_steps + 1) and all(row["step"] <= step for row in rows), "steps"
-        assert all(loss.dim() == 0 for loss in losses) and seconds >= 0, "losses"
+        assert all(loss.dim() == 0 for loss in losses) and seconds >= 0 and isinstance(state["scaler"], dict), "losses"
     return step, rows, losses, seconds
 
 

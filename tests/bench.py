@@ -1,13 +1,15 @@
 """What a layer and a step cost, against the frozen model's: `python tests/bench.py`, or in two minutes with --quick.
 
 Timings are medians of repeats in which the candidates take turns, so that a machine's moods meet all of them alike;
-only ratios within a table mean something. Sections: layers, steps, merge, tokenize, start (all, or those you name).
+only ratios within a table mean something. Sections (all, or those you name): errors, layers, steps, merge, tokenize,
+start.
 """
 
 import argparse
 import contextlib
 import copy
 import gc
+import io
 import json
 import os
 import platform
@@ -168,6 +170,37 @@ def layer_candidates(k, d, rank, device):
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.02)
     return layers
+
+
+def bench_errors(args):
+    """A table of methods by types: the error of outputs, merged outputs and gradients against float64 on the CPU."""
+    k, d, rows = *((48, 36) if args.quick else (768, 2304)), []
+    for name, layer in layer_candidates(k, d, 8, args.device).items():
+        x, g = torch.randn(2, 100, max(k, d), dtype=torch.float64).unbind()
+        exact = copy.deepcopy(layer).to("cpu", torch.float64)
+        exact.fast = False
+        expected, row = results(exact, x[..., :k], g[..., :d]), {"largest relative error": name}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for compiled in (False, True) if args.compile else (False,):
+                torch.compiler.reset()
+                run = torch.compile(layer, fullgraph=True) if compiled else layer
+                with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
+                    got = results(run, *(t.to(args.device, torch.float32) for t in (x[..., :k], g[..., :d])))
+                errors = [(a.cpu().double() - b).norm() / b.norm() for a, b in zip(got, expected)]
+                row[str(dtype).removeprefix("torch.") + ", compiled" * compiled] = f"{max(errors):.1e}"
+        rows.append(row)
+    print(train.markdown(rows))
+    return rows
+
+
+def results(layer, x, g):
+    """Output, merged output, and the gradients of x and of what trains."""
+    x = x.clone().requires_grad_()
+    trainable = [p for p in layer.parameters() if p.requires_grad]
+    merged = copy.deepcopy(getattr(layer, "_orig_mod", layer))
+    merged = merged.merge() if hasattr(merged, "merge") else merged
+    y = layer(x)
+    return [y.detach(), merged(x).detach(), *torch.autograd.grad(y, [x, *trainable], g.to(y.dtype))]
 
 
 def bench_layers(args):
@@ -334,11 +367,10 @@ def bench_tokenize(args):
         except ValueError as error:
             print(f"{name}: left out, {error}")
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            seconds = take_turns({
-                "tokenize": lambda: data.tokenize(documents, tokenizer, Path(folder, "tokens.bin")),
-                "encode_ordinary_batch": lambda: tokenizer.encode_ordinary_batch(documents, num_threads=os.cpu_count()),
-            }, torch.device("cpu"), 3)
+        seconds = take_turns({
+            "tokenize": lambda: data.tokenize(iter(documents), tokenizer, io.BytesIO()),
+            "encode_ordinary_batch": lambda: tokenizer.encode_ordinary_batch(documents, num_threads=os.cpu_count()),
+        }, torch.device("cpu"), 3)
         share = seconds["encode_ordinary_batch"] / seconds["tokenize"]
         rows.append({"tokenizer": name, "MB/s": f"{len(text) / seconds['tokenize'] / 1e6:.2f}",
                      "of encode_ordinary_batch's speed": f"{share:.0%}"})
@@ -358,8 +390,8 @@ def bench_start(args):
     return rows
 
 
-SECTIONS = {"layers": bench_layers, "steps": bench_steps, "merge": bench_merge, "tokenize": bench_tokenize,
-            "start": bench_start}
+SECTIONS = {"errors": bench_errors, "layers": bench_layers, "steps": bench_steps, "merge": bench_merge,
+            "tokenize": bench_tokenize, "start": bench_start}
 
 
 def main():

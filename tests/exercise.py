@@ -10,8 +10,8 @@
     python tests/exercise.py --student DIR 1-10   a copy to hand out, without solutions
     python tests/exercise.py --hashes             for whoever changes a solution: write solutions.json again
 
-An exercise is the functions whose `def` line ends in "# exercise 5". solutions.json has a hash of every solution, so that
-no other code is taken for one. tests/kept/ has the solutions, your own code, and your marks.
+An exercise is the functions whose `def` line ends in "# exercise 5". solutions.json has a hash of every solution, so
+that no other code is taken for one. tests/kept/ has the solutions, your own code, and your marks.
 """
 
 import argparse
@@ -38,6 +38,11 @@ SOLUTION, OUT, OWN, LOST = "solution", "taken out", "own code", "def line missin
 
 class Wrong(Exception):
     """What the user is told in one line."""
+
+
+def summary(states):
+    """Of an exercise, what most needs attention in its functions' states."""
+    return next((state for state in (LOST, OWN, OUT, SOLUTION) if state in states), "yours to begin")
 
 
 def digest(text):
@@ -188,25 +193,25 @@ def report(project, folder, as_json):
     theirs = {file: read(found[0]) for file, found in paths.items() if found}
     if not theirs:
         raise Wrong(f"{folder} has none of {', '.join(FILES)}")
-    found = {file: functions(source) for file, source in theirs.items()}
     graded = grading.grade([(number, project.graded(number, theirs)) for number in project.exercises], project.root)
     rows = []
     for number, (title, points) in project.exercises.items():
-        states = {Part(project, number, part.file, part.name, found.get(part.file, {}).get(part.name), part.hashed).state
-                  for part in project.parts[number]}
+        texts = [functions(theirs.get(part.file, "")).get(part.name) for part in project.parts[number]]
+        states = {Part(project, number, part.file, part.name, text, part.hashed).state
+                  for part, text in zip(project.parts[number], texts)}
         wrong = [f"{test}: {what}" for test, what in graded[number] if what]
         tests = len(graded[number])
         rows.append({"name": f"{number}. {title}", "score": round(points * (1 - len(wrong) / tests), 2),
                      "max_score": points, "output": "\n".join(wrong), "extra_data": {
-                         "state": next((state for state in (LOST, OUT, OWN) if state in states), SOLUTION),
+                         "state": summary(states),
                          "passed": tests - len(wrong), "tests": tests}})
     score, most = (round(sum(row[name] for row in rows), 2) for name in ("score", "max_score"))
     if as_json:
         return print(json.dumps({"score": score, "tests": rows}, indent=1))
     for row in rows:
         state, passed, tests = row["extra_data"].values()
-        print(f"{row['name']:40}{state:18}{passed:3} of {tests:2} tests {row['score']:6g} of {row['max_score']:2} points")
-    print(f"{score:79g} of {most} points")
+        print(f"{row['name']:40}{state:18}{passed:3} of {tests:2} tests{row['score']:6g} of {row['max_score']} points")
+    print(f"{score:78g} of {most} points")
 
 
 def hand_out(project, folder, numbers):
@@ -297,9 +302,8 @@ def run(args, root):
         print(f"exercise {number}, {known[number][0]}: {done}")
     for number, (title, _) in known.items() if not numbers else ():
         states = {part.state for part in project.parts[number]}
-        state = next((state for state in (LOST, OWN, OUT, SOLUTION) if state in states), "yours to begin")
         passed, tests, code = project.marks.get(str(number), (0, 0, ""))
-        print(f"{number:2}  {title:38}{state}" + f", {passed} of {tests} tests" * (code == project.code(number)))
+        print(f"{number:2}  {title:38}{summary(states)}" + f", {passed} of {tests} tests" * (code == project.code(number)))
 
 
 if __name__ == "__main__":

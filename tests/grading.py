@@ -114,7 +114,8 @@ def tests_of(number, graders):
         if name.startswith("test_"):
             functions.append((name.removeprefix("test_"), each, marks))
         elif name.startswith("Test"):
-            functions += [(f"{name[4:]}: {method[5:]}", getattr(each(), method), marks + getattr(test, "pytestmark", []))
+            functions += [(f"{name[4:]}: {method[5:]}", getattr(each(), method),
+                           marks + getattr(test, "pytestmark", []))
                           for method, test in vars(each).items() if method.startswith("test_")]
     for name, function, marks in functions:
         rows = [({}, {mark.name for mark in marks})]
@@ -124,8 +125,8 @@ def tests_of(number, graders):
                       (value if len(names) > 1 else [value], []) for value in values]
             rows = [(chosen | dict(zip(names, value)), known | {mark.name for mark in more})
                     for (chosen, known), (value, more) in itertools.product(rows, values)]
-        tests += [(", ".join([name.replace("_", " "), *map(str, chosen.values())]), functools.partial(function, **chosen))
-                  for chosen, known in rows if f"ex{number}" in known]
+        tests += [(", ".join([name.replace("_", " "), *(str(value) for value in chosen.values() if value != "")]),
+                   functools.partial(function, **chosen)) for chosen, known in rows if f"ex{number}" in known]
     return tests
 
 

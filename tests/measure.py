@@ -27,8 +27,8 @@ def rank_bound(groups):  # exercise 16
 
 
 def adam_step(gradient, mean, square, step, rate, betas=(0.9, 0.999), eps=1e-8):  # exercise 17
-    """What Adam adds to a parameter in its step number `step`, counted from 1. `mean` and `square` are the running means
-    of the gradient and of its square, as they were before this step.
+    """What Adam adds to a parameter in its step number `step`, counted from 1. `mean` and `square` are the running
+    means of the gradient and of its square, as they were before this step.
     """
     mean = betas[0] * mean + (1 - betas[0]) * gradient
     square = betas[1] * square + (1 - betas[1]) * gradient**2
@@ -58,9 +58,8 @@ def spectrum(update):  # exercise 21
 
 
 def round_randomly(x, generator=None):  # exercise 22
-    """x in bfloat16, each number rounded to one of its two neighbours, at random so that the mean is x. A number that
-    bfloat16 has, or that is not finite, stays what it is.
+    """x, which is float32, in bfloat16: each number is rounded to one of its two neighbours, at random so that the mean
+    is x. A number that bfloat16 has, inf and nan among them, stays what it is.
     """
-    low = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32)  # the bits that bfloat16 has not
-    rounded = ((x.float().contiguous().view(torch.int32) + low.to(x.device)) & -1 << 16).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).bfloat16()
+    low = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32)  # bfloat16 has not these bits
+    return (x.view(torch.int32) + low.to(x.device) & -1 << 16).view(torch.float32).bfloat16()

@@ -1,8 +1,8 @@
 """The graders of EXERCISES.md, in its order: `python tests/exercise.py --grade 5` grades exercise 5.
 
-Each exercise is graded by what EXERCISES.md asks, against a slow second statement of it, and whatever comes after it may
-be missing. A test is one claim, so that marks mean something. Nothing here looks at how the code does it. What every
-linear map owes, and the values of exercises 6, 7, 9 and 10, are in test_linear_maps.py.
+Each exercise is graded by what EXERCISES.md asks, against a slow second statement of it, and whatever comes after it
+may be missing. A test is one claim, so that marks mean something. Nothing here looks at how the code does it. What
+every linear map owes, and the exercises that ask for nothing else, are in test_linear_maps.py.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from pytest import approx, mark
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import compare
 import data
@@ -26,13 +25,8 @@ import measure
 import mora
 import train
 from mora import OPERATORS, DoRALinear, LoRALinear, MoRALinear
-from test_linear_maps import (VARIANTS, Dense, assert_close, build, check_draws, generator, gradients, in_place, one_thread,
-                              operator, randn, randomise)
-
-
-def outer(upstream, x):
-    """The gradient of ΔW: gᵀ x, summed over tokens."""
-    return upstream.flatten(0, -2).T @ x.flatten(0, -2)
+from test_linear_maps import (Dense, assert_close, build, check_draws, generator, gradients, in_place, one_thread,
+                              operator, outer, randn, randomise)
 
 
 # ---- LoRA, and what every adapter does -------------------------------------------------------------------------------
@@ -40,17 +34,18 @@ def outer(upstream, x):
 class TestLoRA:
     def test_it_begins_as_zero(self):
         layer = build(LoRALinear, 400, 30, 4, dropout=0.25)
-        got = tuple(layer.A.shape), tuple(layer.B.shape)
-        assert got == ((4, 400), (30, 4)), f"A is r x k and B is d x r: expected (4, 400) and (30, 4), got {got}"
+        got = [*layer.A.shape], [*layer.B.shape]
+        assert got == ([4, 400], [30, 4]), f"A is r x k and B is d x r: expected [4, 400] and [30, 4], got {got}"
         assert layer.A.any(), "A begins at random: if A and B are both zero, neither has a gradient, ever"
         assert not layer.B.any(), "B begins at zero, so that ΔW is zero and training begins from the model as it is"
         assert layer.dropout.p == 0.25, f"dropout=0.25 is for Adapter's __init__; the layer has {layer.dropout.p}"
 
     def test_A_is_uniform(self):
         layer = build(LoRALinear, 400, 8, 8)
-        for what, A in {"A": layer.A.clone(), "random_A()": layer.random_A()}.items():
-            assert 0.049 < A.abs().max() <= 0.05, f"{what} lies within 1 / sqrt(400) = 0.05, and reaches {A.abs().max():.4g}"
-            assert abs(A.std() - 0.0289) < 0.002, f"{what}: uniform numbers deviate by 0.0289, and these by {A.std():.4g}"
+        for what, A in (("A", layer.A), ("random_A()", layer.random_A())):
+            most, deviation = A.abs().max(), A.std()
+            assert 0.049 < most <= 0.05, f"{what} lies within 1 / sqrt(400) = 0.05, got {most:.4g} at most"
+            assert abs(deviation - 0.0289) < 0.002, f"{what}: uniform numbers deviate by 0.0289, got {deviation:.4g}"
 
     @mark.parametrize("train_A, expected", [(True, {"A", "B"}), (False, {"B"})])
     def test_what_trains_and_in_what_type(self, train_A, expected):
@@ -61,10 +56,14 @@ class TestLoRA:
             assert "A" in dict(layer.named_parameters()), "A is a parameter of the layer, also where it does not train"
             got = {layer.A.dtype, layer.B.dtype}
             assert got == {own}, f"for a {dtype} layer A and B are {own}, got {got}"
+        with torch.device("meta"):
+            layer = build(LoRALinear, 13, 20, train_A=train_A)
+        assert layer.A.is_meta and layer.B.is_meta, "A and B are made on the device of W0"
 
-    @mark.parametrize("options, factor", [({}, 2), ({"alpha": 3}, 0.75), ({"alpha": 0}, 0), ({"alpha": 3, "rslora": True}, 1.5)])
+    @mark.parametrize("options, factor", [({}, 2), ({"alpha": 3}, 0.75), ({"alpha": 0}, 0),
+                                          ({"alpha": 3, "rslora": True}, 1.5)])
     def test_the_update_is_scaled(self, options, factor):
-        layer = randomise(build(LoRALinear, 7, 5, 4, **options))
+        layer = randomise(build(LoRALinear, 7, 5, 4, dropout=0.9, **options)).train()  # dropout is for forward
         got = layer.update(torch.eye(7, dtype=torch.float64)).T
         assert_close(got, factor * layer.B @ layer.A, f"with {options} at r = 4, ΔW is {factor} B A")
         assert layer.scaling == factor, f"with {options} at r = 4, expected self.scaling {factor}, got {layer.scaling}"
@@ -80,7 +79,8 @@ class TestLoRA:
         with in_place(layer, "A", "B"):
             layer.reset(generator(1))
         assert not layer.B.any(), "reset() makes B zero again"
-        assert_close(layer.A, layer.random_A(generator(1)), "A after reset(generator) is drawn anew, from the generator")
+        assert layer.A.requires_grad and layer.B.requires_grad, "A and B train after reset() as before"
+        assert_close(layer.A, layer.random_A(generator(1)), "reset(generator) draws A anew, from the generator")
         check_draws(lambda a: layer.random_A(a).clone(), "random_A")
         check_draws(lambda a: (layer.reset(a), layer.A.detach().clone())[1], "reset")
 
@@ -94,17 +94,16 @@ class TestForward:
         for training in (True, False):
             y = layer.train(training)(x)
             assert_close(y, expected, f"W0 x + bias + ΔW x, training = {training}")
-            got = gradients(y, {"ΔW": layer.W}, upstream, "forward")["ΔW"]
-            assert_close(got, outer(upstream, x), "the gradient of ΔW")
+            assert_close(gradients(y, {"W": layer.W}, upstream, "W")["W"], outer(upstream, x), "the gradient of ΔW")
 
     def test_dropout_is_for_the_update_only(self):
         layer, x = randomise(build(Dense, 5, 7, dropout=1.0)), randn(2, 3, 5)
         frozen = x @ layer.linear.weight.T + layer.linear.bias
-        assert_close(layer.train()(x), frozen, "with all of the update's input dropped, the frozen layer's output is left")
+        assert_close(layer.train()(x), frozen, "with all of the update's input dropped, the frozen output is left")
         assert_close(layer.eval()(x), frozen + x @ layer.W.T, "eval() knows no dropout")
 
     def test_dropout_drops_inputs_and_once(self):
-        layer, x = randomise(build(Dense, 5, 7, dropout=0.5)).train(), torch.eye(5, dtype=torch.float64).repeat(100, 1)
+        layer, x = randomise(build(Dense, 5, 7, dropout=0.5)).train(), torch.eye(5).double().repeat(100, 1)
         y = layer(x) - layer.linear(x)  # of an input that is 1: nothing at all, or twice its column of ΔW
         kept = y.abs().sum(1) > 1e-9
         assert_close(y[kept], 2 * x[kept] @ layer.W.T, "what is kept of the update's input is doubled at p = 0.5")
@@ -124,7 +123,7 @@ class TestDeltaWeight:
     def test_it_is_not_rounded(self, autocast):
         layer = randomise(build(Dense, 5, 7, dtype=torch.bfloat16))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            assert_close(layer.delta_weight(), layer.W, f"ΔW of a bfloat16 layer is float32, autocast = {autocast}", tol=0)
+            assert_close(layer.delta_weight(), layer.W, "ΔW of a bfloat16 layer, in float32", tol=0)
 
 
 @mark.ex4
@@ -134,7 +133,7 @@ class TestMerging:
         layer, x = randomise(build(Dense, 5, 7, bias=bias, dropout=1.0)).train(), randn(2, 3, 5)
         plain = layer.merge()
         assert type(plain) is nn.Linear, f"an nn.Linear is wanted, got {type(plain).__name__}"
-        assert (plain.bias is not None) == bias, f"the layer has {'a' if bias else 'no'} bias, the merged one {plain.bias}"
+        assert (plain.bias is not None) == bias, f"with bias={bias}, the merged layer has {plain.bias}"
         expected = x @ (layer.linear.weight + layer.W).T + (layer.linear.bias if bias else 0)
         assert_close(plain(x), expected, "the merged layer computes W0 x + ΔW x, and the bias if there is one")
         trains = [name for name, parameter in plain.named_parameters() if parameter.requires_grad]
@@ -162,13 +161,13 @@ class TestMerging:
 @mark.ex5
 class TestSquareSize:
     def test_it_is_the_largest_within_the_budget(self):
-        got, hint = mora.square_size(768, 768, 8), "sqrt((768 + 768) 8) = 110.85 is rounded down, for M may not have more "
-        assert got == 110 and isinstance(got, int), f"{hint}parameters than LoRA; got {got!r}"
+        got, hint = mora.square_size(768, 768, 8), "sqrt((768 + 768) 8) = 110.85 is rounded down, or M would have more"
+        assert got == 110 and isinstance(got, int), f"{hint} parameters than LoRA; got {got!r}"
         for k, d, r in itertools.product(range(1, 40, 3), range(1, 40, 3), (1, 2, 3, 7, 8, 50)):
             got, most = mora.square_size(k, d, r), min(k, d)
             while most**2 > (k + d) * r:
                 most -= 1
-            assert got == most, f"k = {k}, d = {d}, r = {r}: LoRA has {(k + d) * r} parameters; expected {most}, got {got}"
+            assert got == most, f"k = {k}, d = {d}, r = {r}, (k + d) r = {(k + d) * r}: expected {most}, got {got}"
 
     @mark.parametrize("rank", [0, -1, 1.5])
     def test_what_is_no_rank_is_refused(self, rank):
@@ -176,113 +175,7 @@ class TestSquareSize:
             pytest.fail(f"square_size(8, 8, {rank}) is to raise a ValueError; got {mora.square_size(8, 8, rank)}")
 
 
-@mark.ex8
-class TestAssign:
-    @mark.parametrize("kind", ["strided", "contiguous", "random"])
-    def test_groups(self, kind):
-        for features, size in [(12, 3), (7, 3), (13, 5), (31, 4), (100, 7), (5, 5), (4, 1)]:
-            group = operator("sharing", features, features, size).assign(features, kind, None)
-            what, got = f"{features} indices in {size} groups, {kind}", group.tolist()
-            assert group.shape == (features,), f"{what}: expected shape ({features},), got {tuple(group.shape)}"
-            assert group.dtype == torch.long, f"{what}: expected whole numbers, torch.long, got {group.dtype}"
-            assert 0 <= min(got) and max(got) < size, f"{what}: they are numbered from 0 to {size - 1}, got {got}"
-            lengths = [got.count(i) for i in range(size)]
-            assert max(lengths) - min(lengths) <= 1, f"{what}: their lengths differ by one at most, got {lengths}"
-            expected = [i % size for i in range(features)] if kind == "strided" else sorted(got)
-            assert kind == "random" or got == expected, f"{what}: expected {expected}, got {got}"
-
-    def test_random_groups_are_drawn_from_the_generator(self):
-        o = operator("sharing", 31, 31, 4)
-        check_draws(lambda a: o.assign(31, "random", a), "random groups")
-
-    def test_random_groups_are_random(self):
-        o, a = operator("sharing", 12, 12, 3), generator(0)
-        groups = torch.stack([o.assign(12, "random", a) for _ in range(600)])
-        together = (groups[:, :, None] == groups[:, None]).double().mean(0)[torch.triu(torch.ones(12, 12), 1).bool()]
-        for what, share in (("least", together.min()), ("most", together.max())):
-            assert abs(share - 3 / 11) < 0.1, (f"two of 12 indices share one of 3 groups in 27% of all draws; the pair that "
-                                               f"does so {what} often does in {share:.0%} of 600")
-        first = (groups == 0).double().mean(0)
-        assert (first - 1 / 3).abs().max() < 0.1, f"each index is in group 0 in a third of all draws, got {first.tolist()}"
-
-
-@mark.ex9
-def test_the_rows_pass_through_rotate():
-    o, x = operator("decoupling", 13, 20, 4), randn(2, 3, 13)
-    expected = -3 * o.compress(x)
-    o.rotate = lambda rows: -3 * rows
-    assert_close(o.compress(x), expected, "the rows pass through self.rotate once, by which Rotation rotates them")
-
-
-def rotation_matrix(size, i):
-    """Eq. 9: coordinates j and j + r̂/2 are a pair, and its angle is i θ_j."""
-    R, half = torch.eye(size, dtype=torch.float64), size // 2
-    for j in range(half):
-        angle = i * 10000 ** (-2 * j / size)
-        R[j, j], R[j, j + half] = math.cos(angle), -math.sin(angle)
-        R[j + half, j], R[j + half, j + half] = math.sin(angle), math.cos(angle)
-    return R
-
-
-@mark.ex11
-class TestRotation:
-    @mark.parametrize("k, size", [(8, 2), (20, 4), (40, 6), (13, 5), (5, 1), (60, 20)])
-    def test_row_i_turns_by_i_times_theta(self, k, size):
-        o = operator("rotation", k, k, size)
-        rows = randn(2, 3, o.rows, size)
-        turned = torch.stack([rows[..., i, :] @ rotation_matrix(size, i).T for i in range(o.rows)], dim=-2)
-        assert_close(o.rotate(rows), turned, f"{o.rows} rows of {size}: row 0 stays, row i turns by i θ_j", tol=1e-6)
-
-    def test_tables(self):
-        o, rows = operator("rotation", 40, 40, 6), randn(7, 6)
-        assert not o.state_dict(), f"persistent=False keeps the tables out of the state dict; got {[*o.state_dict()]}"
-        before = o.rotate(rows)
-        assert_close(o.bfloat16().rotate(rows), before, "after .bfloat16() the tables are as exact as before", tol=1e-6)
-        o.make_tables("meta")
-        assert o.cos.device.type == o.sin.device.type == "meta", "make_tables(device) makes cos and sin on the device"
-
-
-class TwoRows(mora.Operator):
-    """x, and x backwards, each through M, and the outputs added: an operator that is none of the project's."""
-
-    def compress(self, x):
-        x = x[..., torch.arange(self.size, device=x.device) % self.in_features]
-        return torch.stack([x, x.flip(-1)], dim=-2)
-
-    def decompress(self, z):
-        return z.sum(-2)[..., torch.arange(self.out_features, device=z.device) % self.size]
-
-
-every_variant = mark.parametrize("name", [*VARIANTS, "two rows"])
-
-
-def variant(name, k, d):
-    return TwoRows(k, d, 4) if name == "two rows" else operator(name, k, d, 4)
-
-
-def matrix(o, M):
-    """ΔW (d, k), column by column, as Eq. 2 has it."""
-    return torch.stack([o.decompress(o.compress(x) @ M.T) for x in torch.eye(o.in_features, dtype=M.dtype)], dim=1)
-
-
-@mark.ex12
-@every_variant
-class TestEq2:
-    def test_M_stands_between_the_operators(self, name):
-        for k, d in [(13, 20), (20, 13), (12, 12)]:
-            o, M, x = variant(name, k, d), randn(4, 4), randn(2, 3, k)
-            assert_close(o(x, M), x @ matrix(o, M).T, f"decompress(M compress(x)), {k} to {d}")
-
-    def test_M_learns(self, name):
-        o, x, upstream = variant(name, 13, 20), randn(2, 3, 13), randn(2, 3, 20)
-        units = torch.eye(16, dtype=torch.float64).view(16, 4, 4)
-        expected = torch.stack([(matrix(o, unit) * outer(upstream, x)).sum() for unit in units]).view(4, 4)
-        for what, M in (("at random", randn(4, 4)), ("at zero, where it begins", 0 * randn(4, 4))):
-            got = gradients(o(x, M.requires_grad_()), {"M": M}, upstream, f"M {what}")["M"]
-            assert_close(got, expected, f"the gradient of M {what}")
-
-
-# ---- DoRA, and the merged forward ------------------------------------------------------------------------------------
+# ---- DoRA ------------------------------------------------------------------------------------------------------------
 def dora_formula(layer, x, dropped):
     """magnitude · V x / ‖V‖ + bias, where the length of V's rows counts as a constant; V = W0 + (alpha / r) B A."""
     W, BA = layer.linear.weight, 2 * layer.B @ layer.A
@@ -300,7 +193,7 @@ class TestDoRA:
         inputs = {"x": x, "A": layer.A, "B": layer.B, "magnitude": layer.magnitude}
         found, wanted = (gradients(outputs, inputs, upstream, "forward") for outputs in (y, expected))
         for name in inputs:
-            assert_close(found[name], wanted[name], f"the gradient of {name}; the lengths of V's rows count as constants")
+            assert_close(found[name], wanted[name], f"the gradient of {name}; V's lengths count as constants")
 
     def test_it_drops_only_what_goes_through_A_and_B(self):
         layer, x = randomise(build(DoRALinear, 5, 8, dropout=1.0)), randn(2, 3, 5)
@@ -320,9 +213,9 @@ class TestDoRA:
         layer = randomise(build(DoRALinear, 5, 8))
         with in_place(layer, "A", "B", "magnitude"):
             layer.reset(generator(1))
-        assert_close(layer.magnitude, layer.linear.weight.norm(dim=1), "magnitude after reset(): the length of W0's rows")
+        assert_close(layer.magnitude, layer.linear.weight.norm(dim=1), "magnitude after reset()")
         assert_close(layer.delta_weight(), 0 * layer.linear.weight, "ΔW after reset()")
-        assert_close(layer.A, layer.random_A(generator(1)), "A after reset(generator): drawn anew, from the generator")
+        assert_close(layer.A, layer.random_A(generator(1)), "reset(generator) draws A anew, from the generator")
 
     @mark.parametrize("autocast", [False, True])
     def test_in_bfloat16_and_with_a_row_of_zeros(self, autocast):
@@ -332,67 +225,8 @@ class TestDoRA:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             lengths, delta, y = layer.row_lengths(), layer.delta_weight(), layer(x)
         assert_close(lengths, V.norm(dim=1), "the lengths of V's rows, in float32", tol=1e-6)
+        assert delta.dtype == torch.float32, f"ΔW is float32 for a bfloat16 layer, got {delta.dtype}"
         assert y.isfinite().all() and delta.isfinite().all(), "where a row of V is zero, 0 / 0 is not to come of it"
-
-
-def merged(o, x, M, W, bias=None):
-    return mora.MergedProduct.apply(x, M, W, bias, o)
-
-
-@mark.ex14
-class TestMergedForward:
-    @every_variant
-    def test_outputs_and_gradients(self, name):
-        for k, d in [(13, 20), (20, 13), (12, 12), (26, 6)]:
-            o, W, bias, upstream = variant(name, k, d), randn(d, k), randn(d), randn(2, 3, d)
-            for zero, needs in itertools.product((1, 0), ("xM", "M")):  # M at random, and at zero, where it begins
-                given = {"x": randn(2, 3, k), "M": zero * randn(4, 4)}
-                inputs = {what: tensor.requires_grad_() for what, tensor in given.items() if what in needs}
-                y, expected = merged(o, *given.values(), W, bias), F.linear(given["x"], W, bias) + o(*given.values())
-                assert_close(y, expected, f"W0 x + ΔW x + bias, {k} to {d}")
-                found, wanted = (gradients(outputs, inputs, upstream, "MergedProduct") for outputs in (y, expected))
-                for what in inputs:
-                    assert_close(found[what], wanted[what], f"the gradient of {what}, {k} to {d}, where {needs} need one")
-
-    @mark.parametrize("name", ["truncation", "sharing", "decoupling", "rotation"])
-    def test_its_cost(self, name):
-        o, W, x, M, kept = operator(name, 64, 48, 8), randn(48, 64), randn(500, 64).requires_grad_(), randn(8, 8), {}
-
-        def pack(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 8
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = merged(o, x, M.requires_grad_(), W)
-        z = 500 * (64 if name in ("decoupling", "rotation") else 8)
-        assert sum(kept.values()) <= z + M.numel() + W.numel() + 64, (
-            f"{sum(kept.values()):,} numbers are kept for the backward pass, where {z:,} for the inputs, M and W0 would do: "
-            "keep compress(x) where it is smaller than x, and not as a view of x; build W0 + ΔW again")
-        with FlopCounterMode(display=False) as counter:
-            y.sum().backward()
-        times = counter.get_total_flops() / (2 * 500 * 64 * 48)
-        assert times < 1.5, (f"the backward pass takes {times:.2f} times the one product that the gradient of x needs; that "
-                             "of M needs little more, and to form the gradient of ΔW (d, k) would be a second")
-
-    def test_under_autocast(self):
-        o, W = operator("rotation", 13, 20, 4), torch.randn(20, 13)
-        inputs = {"x": torch.randn(6, 13, requires_grad=True), "M": torch.randn(4, 4, requires_grad=True)}
-        with torch.autocast("cpu", torch.bfloat16):
-            y, expected = merged(o, *inputs.values(), W), F.linear(inputs["x"], W) + o(*inputs.values())
-        found, wanted = (gradients(outputs, inputs, torch.ones_like(y), "under autocast") for outputs in (y, expected))
-        for name in inputs:
-            assert_close(found[name], wanted[name], f"the gradient of {name} under autocast", tol=0.03)
-
-    def test_extra_flops(self):
-        for tokens, k, d, r in [(100, 30, 50, 2), (7, 50, 30, 4)]:
-            x, g, A, B, z = (torch.randn(*shape) for shape in ((tokens, k), (tokens, d), (r, k), (d, r), (tokens, r)))
-            with FlopCounterMode(display=False) as defined:
-                (x @ A.T) @ B.T, (g @ B) @ A, g.T @ z, z.T @ x  # forward, and the gradients of x, B and A
-            with FlopCounterMode(display=False) as merged:
-                B @ A, B @ A, g.T @ (x @ A.T), (g @ B).T @ x  # ΔW twice, and the gradients of B and A
-            for what, got, counter in zip(("as defined", "merged"), measure.extra_flops(tokens, k, d, r), (defined, merged)):
-                expected = counter.get_total_flops()
-                assert got == expected, f"{what}, {tokens} tokens, {k} to {d}, r = {r}: expected {expected}, got {got}"
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -430,11 +264,10 @@ def take_a_step(model, optimizer, step):
     return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
-def trained(method):
-    """A model and its optimizer after five steps."""
+def trained(method):  # a model and its optimizer after five steps
     model, groups = net(method), ([], [])
-    for name, parameter in model.named_parameters():
-        groups["norm" in name].append(parameter) if parameter.requires_grad else None
+    for name, parameter in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
+        groups["norm" in name].append(parameter)
     optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "lr": 0.01}], lr=0.1, weight_decay=0.1)
     for step in range(5):
         take_a_step(model, optimizer, step)
@@ -457,11 +290,10 @@ class TestMergeAndReset:
             mora.merge_and_reset(model)
         assert_close(model(x), y, "ΔW moves into W0, so the outputs stay", tol=1e-9)
         for name, adapter in mora.find_adapters(model).items():
-            assert_close(adapter.delta_weight(), 0 * adapter.linear.weight, f"ΔW of {name} is zero afterwards", tol=1e-9)
+            assert_close(adapter.delta_weight(), 0 * adapter.linear.weight, f"ΔW of {name}, now zero", tol=1e-9)
         for name, parameter in model.named_parameters():
-            old, trains = before[name]
-            assert parameter.requires_grad == trains, f"requires_grad of {name} was {trains}"
-            kept = "norm" not in name and "bias" not in name or torch.equal(parameter, old)
+            assert parameter.requires_grad == before[name][1], f"requires_grad of {name} was {before[name][1]}"
+            kept = "norm" not in name and "bias" not in name or torch.equal(parameter, before[name][0])
             assert kept, f"{name} belongs to no update, and was changed"
 
     def test_the_sum_is_rounded_once(self):
@@ -478,7 +310,8 @@ class TestMergeAndReset:
         with in_place(layer, "M"):
             layer.reset(a)
         assert not layer.M.any(), "M becomes zero"
-        assert len(given) == 1 and given[0] is a, f"the operator's regroup() is called once, with the generator; got {given}"
+        assert given == [a], f"the operator's regroup() is called once, with the generator; got {given}"
+        mora.merge_and_reset(layer)  # a layer alone is a model, too
 
     @mark.parametrize("method", ["lora", "dora"])
     def test_all_adapters_draw_from_the_generator(self, method):
@@ -500,8 +333,8 @@ class TestMergeAndReset:
         new = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
         got, expected = take_a_step(model, optimizer, 5), take_a_step(other, new, 5)
         for name in (name for name in got if "norm" not in name):
-            assert_close(got[name], expected[name], f"{name} is to move as under a new optimizer: all that Adam knew of the "
-                         "old update is forgotten, both means and the number of steps")
+            assert_close(got[name], expected[name], f"{name} is to move as under a new optimizer: of the old update "
+                         "nothing is remembered, neither means nor the number of steps")
 
     @every_method
     def test_what_is_in_no_adapter_is_remembered(self, method):
@@ -511,19 +344,19 @@ class TestMergeAndReset:
         for name in (name for name in got if "norm" in name):
             assert_close(got[name], expected[name], f"{name} is in no adapter, and is to move as without the merge")
         model = net(method)
-        mora.merge_and_reset(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))  # before a step
+        mora.merge_and_reset(model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))  # no step yet
 
 
 CYCLE = [("strided", "strided"), ("contiguous", "contiguous"), ("contiguous", "strided"), ("strided", "contiguous")]
-every_grouping = mark.parametrize("groups", ["strided", ("random", "strided"), ("contiguous", "random"), "random", "cycle"])
+every_grouping = mark.parametrize("groups", ["strided", ("random", "strided"), ("contiguous", "random"), "random",
+                                             "cycle"])
 
 
 def pair(groups, turn):
     return CYCLE[turn % 4] if groups == "cycle" else (groups, groups) if isinstance(groups, str) else groups
 
 
-def kinds(o):
-    """How inputs and outputs are grouped."""
+def kinds(o):  # of its groups
     strided = [torch.arange(len(group)) % o.size for group in (o.in_group, o.out_group)]
     return tuple("strided" if group.equal(i) else "contiguous" if group.equal(i.sort().values) else "random"
                  for group, i in zip((o.in_group, o.out_group), strided))
@@ -547,7 +380,6 @@ class TestCycle:
 
     def test_the_cycle_goes_on_after_loading(self):
         o, loaded = mora.Sharing(31, 17, 4, "cycle"), mora.Sharing(31, 17, 4, "cycle")
-        o.regroup()
         o.regroup()
         loaded.load_state_dict(o.state_dict())
         for each in (o, loaded):
@@ -574,13 +406,13 @@ class TestCycle:
 @mark.parametrize("step", [1, 2, 50])
 def test_adam_step_is_adams(step):
     for betas, eps, rate in [((0.9, 0.999), 1e-8, 0.1), ((0.8, 0.95), 0.5, 0.01)]:
-        p, gradient, mean, square = nn.Parameter(randn(5)), randn(5), randn(5), randn(5).square()
+        p, gradient, mean, square = nn.Parameter(0 * randn(5)), randn(5), randn(5), randn(5).square()
         optimizer = torch.optim.Adam([p], lr=rate, betas=betas, eps=eps)
         optimizer.state[p] = {"step": torch.tensor(step - 1.0), "exp_avg": mean.clone(), "exp_avg_sq": square.clone()}
-        before, given, p.grad = p.detach().clone(), [each.clone() for each in (gradient, mean, square)], gradient.clone()
+        p.grad, given = gradient.clone(), [each.clone() for each in (gradient, mean, square)]
         optimizer.step()
         got = measure.adam_step(gradient, mean, square, step, rate, betas, eps)
-        assert_close(got, p.detach() - before, f"what Adam adds in step {step}, with betas {betas} and eps {eps}")
+        assert_close(got, p.detach(), f"what Adam adds in step {step}, with betas {betas} and eps {eps}")
         assert all(map(torch.equal, (gradient, mean, square), given)), "gradient, mean or square was changed"
 
 
@@ -589,9 +421,9 @@ def config(**changes):
 
 
 def assert_rates(expected, hint, first=0, **changes):
-    for step, wanted in enumerate(expected, first):
+    for step, rate in enumerate(expected, first):
         got = train.schedule(step, config(**changes))
-        assert got == approx(wanted), f"{hint}: at step {step} expected {wanted:.4f} of the peak, got {got}; {changes}"
+        assert got == approx(rate), f"{hint}: at step {step} expected {rate:.4f} of the peak, got {got}; {changes}"
 
 
 CURVES = {"linear": lambda t: 1 - t, "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2, "constant": lambda t: 1}
@@ -601,9 +433,9 @@ CURVES = {"linear": lambda t: 1 - t, "cosine": lambda t: (1 + math.cos(math.pi *
 class TestSchedule:
     @mark.parametrize("kind", CURVES)
     def test_without_restarts(self, kind):
-        for changes in ({"method": "lora"}, {"method": "full"}, {"method": "full", "merge_every": 8, "restart_warmup": 3}):
+        for changes in ({}, {"merge_every": 0}, {"method": "full"}, {"method": "full", "merge_every": 8}):
             rates = [0.25, 0.5, 0.75, 1] + [CURVES[kind](i / 20) for i in range(20)]
-            assert_rates(rates, "four steps up, the first not at 0, then down to what would be step 24", schedule=kind, **changes)
+            assert_rates(rates, "four steps up, the first not at 0, then down until step 24", schedule=kind, **changes)
             rates = [CURVES[kind](i / 24) for i in range(24)]
             assert_rates(rates, "without a warm-up", schedule=kind, warmup_steps=0, **changes)
 
@@ -612,16 +444,17 @@ class TestSchedule:
         for method, every, rise in itertools.product(("remora", "relora"), (7, 8), (0, 1, 2, 5)):
             rates = [min(1, (step + 1) / 4, (step % every + 1) / max(1, rise) if step >= every else 1) *
                      CURVES[kind](max(0, step - 4) / 20) for step in range(24)]
-            assert_rates(rates, "back onto the curve", schedule=kind, method=method, merge_every=every, restart_warmup=rise)
+            changes = dict(method=method, merge_every=every, restart_warmup=rise)
+            assert_rates(rates, "back onto the curve", schedule=kind, **changes)
 
     def test_what_else_makes_it_rise(self):
         changes = dict(method="remora", warmup_steps=12, merge_every=8, restart_warmup=4)
-        assert_rates([8 / 12, 1 / 4, 2 / 4, 3 / 4, 1], "a merge within the warm-up: the lower of both rises", 7, **changes)
+        assert_rates([8 / 12, 1 / 4, 2 / 4, 3 / 4, 1], "a merge in the warm-up: the lower of both rises", 7, **changes)
         changes = dict(schedule="constant", full_warmup=6, restart_warmup=4)
         assert_rates([0.25, 0.5, 0.75, 1, 1], "a full-rank warm-up: the adapters begin at step 6", 6, **changes)
-        assert_rates([1] * 8, "the full-rank warm-up itself, under method full", 4, method="full", merge_every=8, **changes)
-        rates = [0.25, 0.5, 0.25, 0.5, 0.75, 1]
-        assert_rates(rates, "adapters begun at step 6, merged before step 8", 6, method="relora", merge_every=8, **changes)
+        rates, changes = [0.25, 0.5, 0.25, 0.5, 0.75, 1], changes | {"merge_every": 8}
+        assert_rates(rates, "adapters begun at step 6, merged before step 8", 6, **changes | {"method": "relora"})
+        assert_rates([1] * 8, "the full-rank warm-up itself, under method full", 4, **changes | {"method": "full"})
 
     @mark.parametrize("changes, expected", [
         ({"merge_every": 8}, [8, 16]), ({"merge_every": 8, "max_steps": 25}, [8, 16, 24]), ({"merge_every": None}, []),
@@ -633,12 +466,13 @@ class TestSchedule:
 
 def pad(rows, end=256, block_size=150, device="cpu"):
     """What `pad` makes of [(number of prompt tokens, tokens), ...]."""
-    pairs = data.PromptPairs([("a", "b")], [("a", "b")], data.get_tokenizer("bytes"), block_size, 2, seed=0, device=device)
+    pairs = data.PromptPairs([("a", "b")], [("a", "b")], data.get_tokenizer("bytes"), block_size, 2, 0, device)
     pairs.tokenizer = types.SimpleNamespace(eot_token=end)
     rows = [(prompt, np.array(tokens, dtype=np.uint16)) for prompt, tokens in rows]
     before = copy.deepcopy(rows)
     idx, targets = pairs.pad(rows)
-    assert all(a == b and (x == y).all() for (a, x), (b, y) in zip(rows, before)), "the rows themselves were changed"
+    same = [a == b and (x == y).all() for (a, x), (b, y) in zip(rows, before)]
+    assert len(same) == len(before) and all(same), "the rows themselves were changed"
     return idx, targets
 
 
@@ -647,7 +481,7 @@ class TestMask:
     def test_a_worked_example(self):
         """"ab" asks, "cde" answers: the b is asked for c, the c for d, d for e, e for the end token, 256."""
         a, b, c, d, e, f, end, none = *b"abcdef", 256, -100
-        idx, targets = (tensor.tolist() for tensor in pad([(2, [a, b, c, d, e, end]), (1, [f, end])], block_size=8))
+        idx, targets = (batch.tolist() for batch in pad([(2, [a, b, c, d, e, end]), (1, [f, end])], block_size=8))
         expected = [[a, b, c, d, e, end, end, end], [f] + [end] * 7]
         assert idx == expected, f"idx, all tokens but the last, filled up with the end: expected {expected}, got {idx}"
         expected = [[none, c, d, e, end, none, none, none], [end] + [none] * 7]
@@ -656,8 +490,8 @@ class TestMask:
     @mark.parametrize("tokens, length", [(2, 64), (64, 64), (65, 64), (66, 128), (129, 128), (130, 150), (151, 150)])
     def test_the_length(self, tokens, length):
         idx, targets = pad([(1, range(2)), (1, range(1, tokens + 1))])
-        got, hint = (tuple(idx.shape), tuple(targets.shape)), f"{tokens} tokens, all but the last go in, block_size 150"
-        assert got == ((2, length),) * 2, f"{hint}: expected (2, {length}), got {got}"
+        assert idx.shape == targets.shape == (2, length), (
+            f"{tokens} tokens, all but the last go in: expected (2, {length}), got {idx.shape} and {targets.shape}")
         expected, got = [*range(2, tokens + 1)] + [-100] * (length - tokens + 1), targets[1].tolist()
         assert got == expected, f"after a prompt of one token all others are targets: expected {expected}, got {got}"
 
@@ -665,7 +499,8 @@ class TestMask:
         idx, targets = pad([(1, [40000, 65535, 50256]), (1, [7, 50256])], end=50256)
         for what, tensor, expected in (("idx", idx, [40000, 65535, 50256]), ("targets", targets, [65535, 50256, -100])):
             got = tensor[0, :3].tolist()
-            assert tensor.dtype == torch.long and got == expected, f"{what}: expected {expected}, got {got}, {tensor.dtype}"
+            right = tensor.dtype == torch.long and got == expected
+            assert right, f"{what}: expected {expected}, torch.long, got {got}, {tensor.dtype}"
         assert idx[1, 2] == 50256, f"idx is filled up with the tokenizer's end token, 50256, got {idx[1, 2]}"
         devices = [tensor.device.type for tensor in pad([(1, [5, 6, 7])], device="meta")]
         assert devices == ["meta", "meta"], f"idx and targets go to self.device, meta here; got {devices}"
@@ -681,9 +516,9 @@ class TestBits:
             expected += math.log2(logits[i, j].softmax(0)[targets[i, j]])
         got = measure.bits_held(logits, targets, 20.0)
         assert isinstance(got, float), f"a float is wanted, got {type(got).__name__}"
-        assert got == approx(expected), f"3 rows of 20 bits less their cross entropy in bits: expected {expected}, got {got}"
+        assert got == approx(expected), f"3 rows of 20 bits, less cross entropy: expected {expected}, got {got}"
 
-    @mark.parametrize("who, sure, expected", [("guesses", 0.0, 0), ("knows all", 99.0, 488), ("is sure and wrong", -30.0, -5354)])
+    @mark.parametrize("who, sure, expected", [("guesses", 0.0, 0), ("knows", 99.0, 488), ("is wrong", -30.0, -5354)])
     def test_the_bits_of_one_who(self, who, sure, expected):
         """Four values of 31 digits, of which 30 are any of 16 and one is one of four: 122 bits each, as in a UUID."""
         targets, logits = torch.randint(16, (4, 31)), torch.full((4, 31, 20), -1e4)
@@ -693,7 +528,7 @@ class TestBits:
         before = logits.clone()
         for dtype in (torch.float32, torch.bfloat16):
             got = measure.bits_held(logits.to(dtype), targets, 122)
-            assert got == approx(expected, rel=1e-3, abs=0.01), f"one who {who} holds {expected} bits, got {got} ({dtype})"
+            assert got == approx(expected, 1e-3, 0.01), f"one who {who} holds {expected} bits, got {got} ({dtype})"
         assert torch.equal(logits, before), "the logits were changed"
 
 
@@ -711,13 +546,13 @@ class TestSpectrum:
         for (values, expected), scale in itertools.product(known.items(), (1, 1e-9)):
             for update in (scale * with_singular_values([*values]), scale * with_singular_values([*values], 6, 8)):
                 got = measure.spectrum(update)
-                assert len(got) == 3 and all(isinstance(each, float) for each in got), f"three floats are wanted, got {got}"
+                assert [*map(type, got)] == [float] * 3, f"three floats are wanted, got {got}"
                 assert got[which] == approx(expected[which], rel=1e-5), (
-                    f"{name}, singular values {values} times {scale:g}: expected {expected[which]:.6g}, got {got[which]:.6g}")
+                    f"{name} of {values} times {scale:g}: expected {expected[which]:.6g}, got {got[which]:.6g}")
 
     def test_the_rank_is_not_that_of_rounding(self):
         got = measure.spectrum(with_singular_values([3.0, 2.0, 1.0], 60, 50).float())[0]
-        assert got == 3, f"a matrix of rank 3, rounded to float32: got {got:g}; which s are above max s · max(shape) · eps?"
+        assert got == 3, f"a matrix of rank 3 in float32: got {got:g}; which s are above max s · max(shape) · eps?"
 
 
 @mark.ex22
@@ -729,8 +564,8 @@ class TestRounding:
         assert what == (torch.bfloat16, (1500,)), f"expected bfloat16 of x's shape, (1500,), got {what}"
         error, nearest = (got.double() - x.double()).abs(), (x.bfloat16().double() - x.double()).abs()
         worst = int((error / step).argmax())
-        assert (error < step).all(), f"{x[worst]:.6g} was rounded to {got[worst]:.6g}, which is none of its two neighbours"
-        assert (error > nearest).any() and (error == nearest).any(), "it goes sometimes to the nearer, sometimes to the other"
+        assert (error < step).all(), f"{x[worst]:.6g} becomes {got[worst]:.6g}, which is none of its two neighbours"
+        assert (error > nearest).any() and (error == nearest).any(), "not always to the nearer one, nor to the other"
 
     def test_its_mean_is_x(self):
         a = generator(0)
@@ -741,9 +576,9 @@ class TestRounding:
 
     def test_what_needs_no_rounding(self):
         x = torch.tensor([0.0, 1.0, -3.0, 0.5, 1.0078125, math.inf, -math.inf, math.nan]).repeat(50, 1)
-        before, got = x.clone(), measure.round_randomly(x).float()
-        assert_close(got.nan_to_num(7), x.nan_to_num(7), "a number of bfloat16 stays, and so do inf and nan", tol=0)
-        assert torch.equal(x.nan_to_num(7), before.nan_to_num(7)), "x itself was changed"
+        before, got = x.nan_to_num(7), measure.round_randomly(x).float().nan_to_num(7)
+        assert_close(got, before, "a number of bfloat16 stays, and so do inf and nan", tol=0)
+        assert torch.equal(x.nan_to_num(7), before), "x itself was changed"
         assert measure.round_randomly(torch.tensor(1.0)).shape == (), "a single number is a tensor, too"
 
     def test_it_draws_from_the_generator(self):
@@ -752,14 +587,12 @@ class TestRounding:
 
 def results(runs, label="mora r2"):
     """Results as train.py writes them, of {(rate, seed): metrics}."""
-    return [{"label": label, "method": "mora", "rank": 2, "operator": "rotation", "seed": seed, "pairs": [], "seconds": 9.0,
-             "config": dataclasses.asdict(config(learning_rate=rate, seed=seed)), "metrics": metrics,
-             "rows": [{"step": step, "loss": 9.0 - rate, **metrics} for step in (250, 500)]}
-            for (rate, seed), metrics in runs.items()]
+    return [{"label": label, "method": "mora", "rank": 2, "operator": "rotation", "seed": seed, "metrics": metrics,
+             "config": dataclasses.asdict(config(learning_rate=rate, seed=seed)),
+             "rows": [{"step": 500, "loss": 9.0 - rate, **metrics}]} for (rate, seed), metrics in runs.items()]
 
 
-def accuracies(*values):
-    """{(rate, seed): metrics} of (rate, accuracies)."""
+def accuracies(*values):  # (rate, one for each seed)
     return {(rate, seed): {"char_accuracy": value, "exact_match": 1 - value}
             for rate, of_seeds in values for seed, value in enumerate(of_seeds)}
 
@@ -781,7 +614,7 @@ def assert_best(given, hint, **rates):
 class TestBestRate:
     @mark.parametrize("values, rate, hint", [
         ([(0.01, [0.5, 0.6]), (0.02, [0.9, 0.1])], 0.01, "means of 0.55 and 0.5: not the best seed"),
-        ([(0.01, [0.3, 0.3, 0.9]), (0.02, [0.4, 0.4, 0.4])], 0.01, "means of 0.5 and 0.4: not the median, not the worst seed"),
+        ([(0.01, [0.3, 0.3, 0.9]), (0.02, [0.4, 0.4, 0.4])], 0.01, "means of 0.5 and 0.4: not median or worst seed"),
         ([(0.01, [0.703, 0.700, 0.700]), (0.02, [0.702, 0.702, 0.702])], 0.02, "means of 0.701 and 0.702: not rounded"),
         ([(0.01, [0.0, 0.0]), (0.02, [0.0, 0.1])], 0.02, "an accuracy of 0 is an accuracy"),
         ([(0.05, [0.2]), (0.01, [0.3]), (0.02, [0.1])], 0.01, "one seed")])
@@ -789,7 +622,7 @@ class TestBestRate:
         assert_best(results(accuracies(*values)), hint, mora=rate)
 
     def test_every_setting_has_a_best_rate_of_its_own(self):
-        given = results(accuracies((0.01, [0.5, 0.6]), (0.02, [0.2, 0.1])), "lora r2")
+        given = results(accuracies((0.01, [0.5, 0.6, 0.5]), (0.02, [0.2, 0.1, 0.1])), "lora r2")  # with one seed more
         given += results(accuracies((0.01, [0.3, 0.2]), (0.02, [0.4, 0.5])))
         assert_best(given, "lora is best at 0.01, mora at 0.02", lora=0.01, mora=0.02)
 
@@ -804,20 +637,20 @@ class TestBestRate:
         runs = {(rate, seed): {metric: better if rate == 0.02 else good} for rate in (0.01, 0.02) for seed in range(3)}
         runs[0.02, 1] = {metric: value}
         given = [one for one in results(runs) if one["metrics"][metric] is not None]
+        given += results({(0.5, 0): {metric: math.nan}}, "lora r2")  # a setting that never worked
         what = "is missing" if value is None else f"has a {metric} of {value}"
-        assert_best(given, f"seed 1 diverged at 0.02 and {what}: what is left of that rate is luck", mora=0.01)
+        assert_best(given, f"seed 1 diverged at 0.02 and {what}: what is left is luck", mora=0.01, lora=None)
 
     def test_of_equals_the_rate_that_comes_first(self):
-        given = results(accuracies((0.02, [1.0]), (0.01, [1.0])))
-        for order in (given, given[::-1]):
-            got, expected = (of[0]["config"]["learning_rate"] for of in (compare.at_best_rate(order), order))
-            assert got == expected, f"of two equals the rate that comes first, {expected}; got {got}"
+        for first, second in ((0.02, 0.01), (0.01, 0.02)):
+            chosen = compare.at_best_rate(results(accuracies((first, [1.0]), (second, [1.0]))))
+            got = chosen[0]["config"]["learning_rate"]
+            assert got == first, f"of two equals the rate that comes first: expected {first}, got {got}"
 
 
 # ---- An operator of your own. The paper's four pass as well ----------------------------------------------------------
-def layers(name, dtype=torch.float64):
-    """(what it is, a layer with M at random, x) for some shapes, ranks and numbers of tokens."""
-    for k, d, rank, tokens in [(13, 22, 1, 2), (13, 22, 3, 200), (22, 13, 1, 200), (22, 13, 3, 2), (12, 12, 3, 200), (7, 31, 1, 200)]:
+def layers(name, dtype=torch.float64):  # with M at random, for some shapes, ranks and numbers of tokens
+    for k, d, rank, tokens in [(13, 22, 1, 2), (13, 22, 3, 200), (22, 13, 1, 200), (22, 13, 3, 2), (12, 12, 3, 200)]:
         layer = randomise(MoRALinear(nn.Linear(k, d, dtype=dtype), rank, name))
         yield f"{k} inputs, {d} outputs, rank {rank}, {tokens} tokens", layer, randn(tokens, k).to(dtype)
 
@@ -832,13 +665,14 @@ class TestOwnOperator:
             assert layer.delta_weight().any(), f"{what}: ΔW is zero, and M is at random"
             for training in (False, True):
                 y, plain = layer.train(training)(x), plain if training else layer.merge()
-                assert_close(plain(x), y, f"{what}: merge() computes what the layer does, training = {training}")
+                assert_close(plain(x), y, f"{what}: merge() computes what the layer does, training {training}")
 
     def test_it_keeps_the_budget(self, name):
         for what, layer, _ in layers(name):
             own = {name: p.numel() for name, p in layer.named_parameters() if not name.startswith("linear.")}
             budget = (layer.in_features + layer.out_features) * layer.rank
-            assert sum(own.values()) <= budget, f"{what}: LoRA has {budget} parameters, this {own}"
+            right = own.keys() == {"M"} and own["M"] <= budget
+            assert right, f"{what}: M is the only parameter, with at most LoRA's {budget} numbers; got {own}"
 
     def test_M_learns(self, name):
         for what, layer, x in layers(name):
@@ -856,8 +690,8 @@ class TestOwnOperator:
             torch.manual_seed(9)  # another layer draws other numbers, if it draws any
             other = nn.Sequential(MoRALinear(copy.deepcopy(layer.linear), layer.rank, name))
             mora.load_adapters(other, mora.adapter_state_dict(nn.Sequential(layer)))
-            assert_close(other(x), layer(x), f"{what}: a loaded adapter computes what the saved one did; what is drawn at "
-                         "random has to be a registered buffer")
+            assert_close(other(x), layer(x), f"{what}: a loaded adapter computes what the saved one did; what is drawn "
+                         "at random has to be a registered buffer")
 
     def test_in_bfloat16(self, name):
         for what, layer, x in layers(name, torch.bfloat16):

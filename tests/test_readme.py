@@ -78,7 +78,7 @@ def test_every_name_exists():
 def folder(tmp_path_factory):
     """What the commands read, by the names they call it."""
     folder = tmp_path_factory.mktemp("readme")
-    text = "".join(json.dumps({"text": f"the cat sat on {i} mats " * 20}) + "\n" for i in range(40))
+    text = "".join(json.dumps({"text": f"the cat sat on {i} mats " * 8}) + "\n" for i in range(40))
     pairs = "".join(json.dumps({"prompt": f"{i} + 1 =", "completion": str(i + 1)}) + "\n" for i in range(40))
     for name, content in {"articles.jsonl": text, "new.jsonl": text, "old.txt": text, "pairs.jsonl": pairs}.items():
         (folder / name).write_text(content)

