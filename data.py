@@ -334,15 +334,20 @@ def tokenize(texts, tokenizer, train, val=None):
     if tokenizer.n_vocab > 1 << 16:
         raise ValueError(f"{tokenizer.name} has {tokenizer.n_vocab:,} tokens, more than the 65,536 of uint16")
 
-    def encode(text, held_out):
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may have lone surrogates
-        tokens = tokenizer.encode_to_numpy(text, disallowed_special=()) if text else np.array([tokenizer.eot_token])
-        return tokens.astype(np.uint16), val if held_out else train
+    def pieces():
+        for text, held_out in hold_out(texts) if val else ((text, False) for text in texts):
+            *starts, last = PIECE.findall(text) or [""]
+            yield from ((piece, [], held_out) for piece in starts)
+            yield last, [tokenizer.eot_token], held_out
 
-    documents = hold_out(texts) if val else ((text, False) for text in texts)
-    pieces = ((piece, held_out) for text, held_out in documents for piece in [*PIECE.findall(text), ""])  # "" ends one
+    def encode(text, end, held_out):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may have lone surrogates
+        tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+        return np.append(tokens.astype(np.uint16), np.uint16(end)), val if held_out else train
+
+    queue = pieces()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(itertools.islice(pieces, 500)):  # few, as they are in memory
+        while batch := list(itertools.islice(queue, 500)):  # few, as they are in memory
             for tokens, file in pool.map(encode, *zip(*batch)):
                 file.write(tokens)
 
