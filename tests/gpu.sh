@@ -22,9 +22,10 @@ run() {  # a command, its last lines and its seconds into the report
 right() {
     run python -m pytest -q tests/test_mora.py tests/test_model.py tests/test_train.py
     run python tests/bench.py errors --json $OUT/errors.json $QUICK
-    run python train.py $TINY --methods mora --no-compile --max_steps 100 --out_dir $OUT/again1
-    run python train.py $TINY --methods mora --no-compile --max_steps 100 --out_dir $OUT/again2
-    run diff $OUT/again1/*/metrics.csv $OUT/again2/*/metrics.csv  # equal but for tokens/s
+    run python train.py $TINY --methods mora --no-compile --eval_every 10 --out_dir $OUT/again1
+    run python train.py $TINY --methods mora --no-compile --eval_every 10 --out_dir $OUT/again2
+    for again in again1 again2; do cut -d, -f1-3 $OUT/$again/uuid-*/metrics.csv > $OUT/$again/losses.csv; done
+    run diff $OUT/again1/losses.csv $OUT/again2/losses.csv
 }
 
 demo() {
@@ -56,14 +57,14 @@ memorize() {  # the paper's figure 2; RANK=256 is its other rank
     run python train.py uuid --init "$base" --rank "${RANK:-8}" --methods lora mora --operator rotation sharing \
         --learning_rate 1e-3 3e-3 --out_dir $OUT/memorize $PAIRS
     run python train.py uuid --init "$base" --methods full --learning_rate 3e-4 --out_dir $OUT/memorize $PAIRS
-    run python tests/compare.py $OUT/memorize
+    run python tests/compare.py $OUT/memorize/uuid-*
 }
 
 scratch() {  # the paper's figure 3
     text
     run python train.py text --data $TEXT --tokenizer bytes --rank 32 --methods full lora relora mora remora \
         --operator sharing --learning_rate 1e-3 3e-3 --out_dir $OUT/scratch $WIDE --max_steps "${STEPS:-500}"
-    run python tests/compare.py $OUT/scratch
+    run python tests/compare.py $OUT/scratch/text-*
 }
 
 WIDE="--n_layer 12 --n_head 12 --n_embd 768 --block_size 512"
