@@ -7,10 +7,8 @@ matrices, MoRA at most as many on one square matrix M, between two operators tha
     MoRA   h = W0 x + decompress(M compress(x))     M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))    at most r̂, or min(k, d)
 
 compress turns k inputs into r̂ numbers, or rows of r̂ numbers; decompress spreads the results over d outputs. Both are
-linear, so ΔW is a matrix and merges into W0 exactly. Its rank is at most r̂ where M is used once or shared, and at most
-min(k, d) where it is repeated along a diagonal. In the code k is `in_features`, d `out_features`, r `rank`, r̂ `size`;
-equations are numbered as in MoRA's paper. From top to bottom: the operators, the layers, whole models, and last
-"Speed", which changes results by rounding only. `# exercise N` is for tests/EXERCISES.md.
+linear, so ΔW is a matrix and merges into W0 exactly. In the code k is `in_features`, d `out_features`, r `rank`, r̂
+`size`; equations are numbered as in MoRA's paper, and `# exercise N` is for tests/EXERCISES.md.
 """
 
 import collections
@@ -63,7 +61,7 @@ class Operator(nn.Module):
         """Take the next groups, if the operator has any (`Sharing`)."""
 
     def extra_repr(self):
-        return ", ".join(f"{name}={getattr(self, name)}" for name in ("groups", "fold") if hasattr(self, name))
+        return ", ".join(f"{name}={getattr(self, name)}" for name in ("groups", "fold", "copies") if hasattr(self, name))
 
 
 class Truncation(Operator):
@@ -177,7 +175,30 @@ class Rotation(Decoupling):
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)  # (..., n, r̂)
 
 
-OPERATORS = {"truncation": Truncation, "sharing": Sharing, "decoupling": Decoupling, "rotation": Rotation}
+class Overlap(Operator):
+    """Not in the paper: J = `copies` random Sharings of the same M at once, ΔW = Σ Dⱼ M Cⱼ / sqrt(J). So each input is
+    in J groups, and an entry of ΔW is a sum of J entries of M: M is spread more evenly. Its rank: at most J (r̂ - 1) + 1.
+    """
+
+    def __init__(self, in_features, out_features, size, copies=4):
+        super().__init__(in_features, out_features, size)
+        self.copies = copies
+        self.sharings = nn.ModuleList(Sharing(in_features, out_features, size, "random") for _ in range(copies))
+
+    def regroup(self, generator=None):
+        for sharing in self.sharings:
+            sharing.regroup(generator)
+
+    def compress(self, x):
+        return torch.stack([sharing.compress(x) for sharing in self.sharings], dim=-2)  # (..., k) -> (..., J, r̂)
+
+    def decompress(self, z):
+        y = [sharing.decompress(row) for sharing, row in zip(self.sharings, z.unbind(-2))]
+        return sum(y) / math.sqrt(self.copies)  # (..., J, r̂) -> (..., d)
+
+
+OPERATORS = {"truncation": Truncation, "sharing": Sharing, "decoupling": Decoupling, "rotation": Rotation,
+             "overlap": Overlap}
 
 
 # ---- The layers: a frozen nn.Linear and a trainable update -----------------------------------------------------------
@@ -445,9 +466,8 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module
     anything differs.
     """
     def describe(tensor):
-        if tensor.dtype == torch.uint8:
-            return bytes(tensor.tolist()).decode(errors="replace")
-        return f"{'float' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
+        text = bytes(tensor.tolist()).decode(errors="replace") if tensor.dtype == torch.uint8 else tuple(tensor.shape)
+        return f"float {text}" if tensor.is_floating_point() else str(text)
 
     expected = adapter_state_dict(model)
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
@@ -461,8 +481,8 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module
 
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------
-# The rest may be deleted, together with MoRALinear.forward: results change by rounding only. All of it follows from the
-# operators' compress and decompress, so an operator of your own is fast as well.
+# The rest may be deleted, with MoRALinear.forward: results change by rounding only. All of it follows from compress and
+# decompress, so an operator of your own is fast as well.
 
 
 def fast_forward(layer, x):
@@ -537,13 +557,11 @@ def fast_decompress_transposed(operator, g, z_shape):
 
 
 def is_decoupling(operator):
-    """Decoupling and Rotation, not a subclass, have a faster way: ΔW is built block by block, and M's gradient
-    Σ gᵢ (Rᵢ xᵢ)ᵀ as Σ (gᵢ xᵢᵀ) Rᵢᵀ, which rotates n small products instead of all of x.
-    """
-    return type(operator) in (Decoupling, Rotation)
+    return type(operator) in (Decoupling, Rotation)  # no subclass: these two have faster ways, for ΔW and the gradient
 
 
 def decoupling_gradient(operator, x, g):
+    """M's gradient Σ gᵢ (Rᵢ xᵢ)ᵀ as Σ (gᵢ xᵢᵀ) Rᵢᵀ, which rotates n small products instead of all of x."""
     n, size = operator.rows, operator.size
     if operator.fold or n * size < operator.out_features:
         g = fast_decompress_transposed(operator, g, (n, size)).flatten(1)  # (tokens, n r̂)

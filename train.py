@@ -303,12 +303,12 @@ def format_metrics(metrics):
 METHODS, GROUPS = ("full", *mora.METHODS), ("strided", "contiguous", "random", "cycle")
 FLAGS = {"method": "methods"}  # options that are called otherwise than their settings
 # Peak learning rates for --init demo at r = 2, for scratch at r = 4, from sweeps here, and for given weights at r = 8,
-# within what the paper searched for 7B. Those of adapters fall as 1 / sqrt(r), as sweeps at r = 2 and 8 suggest. An
-# operator that is not in the table has rotation's.
+# within what the paper searched for 7B. Adapters' fall as 1 / sqrt(r), as sweeps suggest; a new operator has rotation's.
 LEARNING_RATES = {
     "full": (2e-3, 1e-2, 3e-5), "lora": (2e-2, 3e-3, 2e-4), "lora+": (5e-3, 1e-3, 2e-4), "asylora": (5e-2, 3e-3, 2e-4),
     "dora": (2e-2, 3e-3, 2e-4), "relora": (2e-2, 3e-3, 2e-4), "truncation": (5e-2, 3e-2, 3e-4),
     "sharing": (1e-2, 1e-2, 3e-4), "decoupling": (3e-2, 3e-2, 3e-4), "rotation": (3e-2, 3e-2, 3e-4),
+    "overlap": (2e-2, 1e-2, 3e-4),
 }
 
 

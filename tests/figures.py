@@ -142,9 +142,9 @@ def main(argv=None):
     page, axes = None, [Nowhere()] * sum(FIGURES[figure] for figure in chosen)
     try:
         from matplotlib.figure import Figure
-        columns = min(len(axes), 5)
+        columns = min(len(axes), 6)
         rows = -(-len(axes) // columns)
-        page = Figure(figsize=(4.5 * columns, 4 * rows), layout="constrained")
+        page = Figure(figsize=(3.2 * columns, 3.2 * rows), layout="constrained")
         axes = [*page.subplots(rows, columns, squeeze=False).flat]
     except ImportError:
         print("matplotlib is not installed: no picture")

@@ -39,7 +39,8 @@ MORA = {"truncation": dict(operator="truncation"),
         **{f"sharing {groups}": dict(operator="sharing", groups=groups)
            for groups in ("strided", "contiguous", CYCLE[2], "random", "cycle")},
         **{f"{operator}{' fold' * fold}": dict(operator=operator, fold=fold)
-           for operator in ("decoupling", "rotation") for fold in (False, True)}}
+           for operator in ("decoupling", "rotation") for fold in (False, True)},
+        "overlap": dict(operator="overlap", copies=3)}
 LORA = {"lora": dict(method="lora"), "rslora": dict(method="lora", rslora=True, alpha=3),
         "asylora": dict(method="asylora"), "dora": dict(method="dora")}
 VARIANTS = MORA | LORA
@@ -163,6 +164,8 @@ def formula(name, M, k, d, operator, fold=False):
     elif name == "sharing":  # Eq. 6
         for i, j in itertools.product(range(d), range(k)):
             W[i, j] = M[operator.out_group[i], operator.in_group[j]]
+    elif name == "overlap":
+        W += sum(formula("sharing", M, k, d, sharing) for sharing in operator.sharings) / math.sqrt(3)
     else:  # Eq. 8 and 9: a block for each row of inputs; its outputs are cut, folded or repeated until there are d
         n = math.ceil(k / size)
         blocks = torch.block_diag(*[M @ rotation_matrix(size, i) if name == "rotation" else M for i in range(n)])
@@ -315,7 +318,7 @@ def test_gradients(k, d, name):
 
 @pytest.mark.parametrize("name, expected", [
     ("lora", 1), ("truncation", 13), ("sharing strided", 13), ("sharing contiguous", 13), ("sharing random", 13),
-    ("decoupling", 96), ("decoupling fold", 96), ("rotation", 96), ("rotation fold", 96)])
+    ("decoupling", 96), ("decoupling fold", 96), ("rotation", 96), ("rotation fold", 96), ("overlap", 37)])
 def test_rank_of_the_update(name, expected):
     _, layer = adapted(96, 96, rank=1, **VARIANTS[name])
     got = int(torch.linalg.matrix_rank(layer.delta_weight()))
@@ -575,7 +578,7 @@ def test_merge_and_reset(options):
         "tensors were replaced: an optimizer or a compiled model goes on with the old ones")
 
 
-@pytest.mark.parametrize("name", ["lora", "asylora", "dora", "sharing random"])
+@pytest.mark.parametrize("name", ["lora", "asylora", "dora", "sharing random", "overlap"])
 def test_merge_and_reset_drops_the_optimizers_state_of_the_adapters_only(name):
     model = adapted_net(**VARIANTS[name])
     model.norm.requires_grad_(True)
