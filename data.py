@@ -261,6 +261,7 @@ def fingerprint(paths):
     """A checksum of the contents of some files."""
     digest = hashlib.sha256()
     for path in paths:
+        digest.update(b"%d:" % os.path.getsize(path))
         with open(path, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
@@ -354,7 +355,7 @@ def tokenize(texts, tokenizer, train, val=None):
 
 def token_files(paths, tokenizer, folder, splits=("all",)):
     """Cached files in `folder` with the tokens of `paths`: one, or one for each of the splits ("train", "val")."""
-    key = [HELD_OUT, *((os.path.realpath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths)]
+    key = [HELD_OUT, *map(os.path.realpath, paths), fingerprint(paths)]
     name = re.sub(r"[^\w.-]", "_", Path(paths[0]).name)[:40]
     name += f"-{tokenizer.name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
     files = [Path(folder, f"{name}-{split}.bin") for split in splits]
@@ -438,7 +439,8 @@ def c4_tokens(url, shards, tokenizer, folder):
     if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/[!-~]*)?|file:/.*", url, re.ASCII) or not 1 <= shards <= 1024:
         raise ValueError(f"--c4_url must begin with http(s):// or file:/, and --shards be 1 to 1024: {url!r}, {shards}")
     names = [f"c4-train.{i:05d}-of-01024.json.gz" for i in range(shards)] + ["c4-validation.00000-of-00008.json.gz"]
-    shard_folder = Path(folder, re.sub(r"\W+", "-", url.rstrip("/"))[-100:])  # each address has files of its own
+    digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:8]  # each address has files of its own
+    shard_folder = Path(folder, re.sub(r"\W+", "-", url.rstrip("/"))[-100:] + "-" + digest)
     for name in names:
         download(f"{url.rstrip('/')}/en/{name}", shard_folder / name)
     *train, val = (token_files([shard_folder / name], tokenizer, folder)[0] for name in names)

@@ -153,7 +153,7 @@ class GPT(nn.Module):
             if name not in state or state[name].dim() != 2:
                 raise ValueError(f"{foreign}: it has no {name} of 2 dimensions")
         for name, x in state.items():
-            if x.layout != torch.strided or x.is_meta or not x.is_floating_point() or not x.isfinite().all():
+            if x.layout != torch.strided or x.is_meta or not x.is_floating_point() or not x.float().isfinite().all():
                 raise ValueError(f"{name_or_path}: {name} is not finite, or not of dense floating-point numbers")
         if head is not None and not torch.equal(head.float(), state["wte.weight"].float()):
             raise ValueError(f"{name_or_path}: lm_head.weight is not wte.weight, and this GPT has one weight for both")

@@ -233,8 +233,8 @@ class Adapter(nn.Module):
 
     def merged_weight(self) -> torch.Tensor:  # exercise 4
         """W0 + ΔW (d, k), added in float32 at least and rounded once to W0's type."""
-        if hasattr(self.linear.weight, "full_tensor"):
-            raise ValueError("FSDP2's sharded weights cannot be merged: merge in a model that is not sharded")
+        if "weight" not in self.linear._parameters or hasattr(self.linear.weight, "full_tensor"):
+            raise ValueError("a weight that is computed (weight_norm, pruning) or sharded (FSDP2) cannot be merged into")
         return (self.linear.weight.to(self.dtype) + self.delta_weight()).to(self.linear.weight.dtype)
 
     weight = property(lambda self: self.merged_weight())  # nn.TransformerEncoderLayer and others read these two
@@ -243,8 +243,8 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Linear:  # exercise 4
         """A new nn.Linear that computes what this layer computes in eval mode. This layer stays as it is."""
-        merged = copy.deepcopy(self.linear)
-        merged.weight.copy_(self.merged_weight())
+        weight, merged = self.merged_weight(), copy.deepcopy(self.linear)
+        merged.weight.copy_(weight)
         return merged
 
 
@@ -434,7 +434,7 @@ def find_adapters(model: nn.Module) -> dict[str, Adapter]:
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Put a merged nn.Linear in the place of every adapted layer, and return the model. Nothing is unfrozen."""
     replace_modules(model, {id(adapter): adapter.merge() for adapter in find_adapters(model).values()})
-    return model
+    return model.merge() if isinstance(model, Adapter) else model
 
 
 def merge_and_reset(model: nn.Module, optimizer=None, generator=None):  # exercise 15
@@ -487,14 +487,15 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module
 
 def fast_forward(layer, x):
     """(W0 + ΔW) x + bias as one matrix product, at close to the frozen layer's cost; as Adapter.forward has it where
-    tokens are too few to build ΔW for, dropout gives W0 and ΔW different x, or the frozen layer has hooks or learns.
+    tokens are too few to build ΔW for, dropout gives W0 and ΔW different x, or the frozen layer is no plain one.
     """
     linear, k, d = layer.linear, layer.in_features, layer.out_features
     side = layer.operator.rows * layer.size if is_decoupling(layer.operator) else k  # building ΔW costs about side²
     few = 2 * x.numel() < k * min(k, d) or 4 * x.numel() < side**2
-    dropped = layer.training and layer.dropout.p > 0
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    if not layer.fast or few or dropped or hooked or any(parameter.requires_grad for parameter in linear.parameters()):
+    dropped = layer.dropout.training and layer.dropout.p > 0
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    special = any(hooks) or "forward" in vars(linear) or any(parameter.requires_grad for parameter in linear.parameters())
+    if not layer.fast or few or dropped or special:
         return Adapter.forward(layer, x)
     return MergedProduct.apply(x, layer.M, linear.weight, linear.bias, layer.operator)
 

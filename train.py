@@ -633,13 +633,13 @@ def run(config, base, tokenizer, device_name):
             return results
         say(f"\n{folder}")
         if folder.exists() and not config.resume and RANK == 0:
-            kept = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
-            folder.rename(kept)
+            paths = (folder.with_name(f"kept-{folder.name}.{i}") for i in itertools.count(1))  # no out/uuid-* any more
+            kept = folder.rename(next(path for path in paths if not path.exists()))
             say(f"starts anew: the earlier run is kept in {kept}; --resume would have continued it")
         dataset, start, first, seconds = load_dataset(config, tokenizer, base.config.block_size), base, 0, 0.0
         if config.full_warmup and config.method != "full":
             start, first = copy.deepcopy(base), config.full_warmup
-            warmup = dataclasses.replace(config, method="full", merge_every=None, full_warmup=0,
+            warmup = dataclasses.replace(config, method="full", merge_every=None,
                                          learning_rate=default_learning_rate("full", None, config.init, None))
             _, seconds = train(start, dataset, warmup, folder / "full_warmup", last=first)
         torch.manual_seed(config.seed)  # for the adapters' random numbers
@@ -655,7 +655,7 @@ def run(config, base, tokenizer, device_name):
                        seed=config.seed, **counts, steps=config.max_steps, seconds=seconds + more_seconds,
                        metrics=rows[-1], rows=rows, update_rank=update_rank(model, base), config=vars(config),
                        torch=torch.__version__, device=device_name)
-        if config.method != "full" and not config.merge_every and config.init != "scratch":  # else it does not suffice
+        if config.method != "full" and config.init != "scratch" and not (config.merge_every or config.full_warmup):
             write(folder / "adapter.pt", lambda file: torch.save(mora.adapter_state_dict(model), file))
         if config.export:
             write(folder / "model.pt", (mora.merge_adapters(model) if config.method != "full" else model).export)

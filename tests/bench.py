@@ -420,6 +420,8 @@ def main():
               f"{torch.get_num_threads()} threads")
     print(header)
     figures = {"device": header}
+    if args.json:
+        Path(args.json).write_text("")  # whether it can be written shows now
     for section in args.sections:
         print(f"\n{section}\n")
         figures[section] = SECTIONS[section](args)

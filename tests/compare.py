@@ -172,6 +172,8 @@ def load(folder):
         return json.loads((folder / "results.json").read_text(encoding="utf-8")) | {"folder": folder}
     except OSError:
         return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'results.json'} is damaged ({error})") from error
 
 
 def main(argv=None):
@@ -180,9 +182,19 @@ def main(argv=None):
     parser.add_argument("--curves", type=Path, metavar="PNG")
     parser.add_argument("--spectra", type=Path, metavar="PNG")
     args = parser.parse_args(argv)
+    try:
+        compare(args)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(str(error) if isinstance(error, (OSError, ValueError)) else f"a results.json is damaged ({error!r})")
+
+
+def compare(args):
     results = [result for result in map(load, args.runs) if result]
     if not results:
-        parser.error(f"{args.runs[0]} is not the folder of a finished run: it has no results.json")
+        raise ValueError(f"{args.runs[0]} is not the folder of a finished run: it has no results.json")
+    runs = collections.Counter((result["label"], result["config"]["learning_rate"], result["seed"]) for result in results)
+    if max(runs.values()) > 1:
+        raise ValueError("{} at rate {}, seed {}, is there more than once".format(*runs.most_common(1)[0][0]))
     best = at_best_rate(results)
     best.sort(key=lambda result: (result["rank"] or 0, train.METHODS.index(result["method"]), result["label"]))
     if len(best) < len(results):

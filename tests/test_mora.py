@@ -463,6 +463,11 @@ def test_a_computed_weight_is_refused_since_a_merge_into_it_would_be_lost(comput
     with pytest.raises(ValueError, match="weight of 1 is computed"):
         add_adapters(model)
     assert type(model[0]) is nn.Linear and all(parameter.requires_grad for parameter in model.parameters())
+    model = add_adapters(nn.Sequential(nn.Linear(6, 6)), "lora")
+    compute(model[0].linear)
+    for merge in (merge_adapters, merge_and_reset):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge(model)
 
 
 def test_a_layer_without_inputs_or_outputs_is_left_alone():
@@ -556,6 +561,7 @@ def test_merge_adapters(bias, options):
     y, merged = model(), merge_adapters(model)
     assert_close(merged(), y, "merging changed the outputs")
     assert all(type(merged.get_submodule(layer)) is nn.Linear for layer in Net.LAYERS)
+    assert type(merge_adapters(adapted(4, 4)[1])) is nn.Linear, "a model that is one layer"
     assert merged.state_dict().keys() == Net(bias).state_dict().keys(), "the names that the base had"
     assert_error(merged, lambda: merge_adapters(merged))
 
@@ -773,6 +779,15 @@ def test_hooks_of_the_frozen_layer_run_for_any_number_of_tokens(hook):
     for tokens in (1, 50):
         layer(randn(tokens, 12).requires_grad_()).sum().backward()
     assert len(calls) == 2
+
+
+def test_a_frozen_layer_of_the_users_own_is_called_for_any_number_of_tokens():
+    _, layer = adapted(12, 12)
+    layer.linear.forward = lambda x: 0 * x
+    layer.eval()
+    layer.dropout = nn.Dropout(1.0).train()  # MC dropout: in an eval model
+    for tokens in (1, 50):
+        assert_close(layer(randn(tokens, 12)), torch.zeros(tokens, 12), f"{tokens} tokens")
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.float16, torch.float64, torch.complex64])

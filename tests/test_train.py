@@ -234,7 +234,7 @@ def test_an_earlier_run_is_kept(base, tmp_path):
     assert cli(*command) == 0 and cli(*command, "--alpha", 9) == 0
     folder, = tmp_path.glob("uuid-*seed0")
     first, second = (json.loads((path / "results.json").read_text())["config"]["alpha"]
-                     for path in (Path(f"{folder}.1"), folder))
+                     for path in (folder.with_name(f"kept-{folder.name}.1"), folder))
     assert (first, second) == (None, 9)
 
 
@@ -276,6 +276,9 @@ def test_compare_gives_means_over_seeds_and_draws_if_it_can(base, tmp_path, caps
     assert cli("uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "mora", "--rank", 2, 4, "--seed", 0, 1,
                "--max_steps", 4, "--out_dir", tmp_path) == 0
     runs = table(capsys.readouterr().out, "lora r2")
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([str(next(tmp_path.glob("uuid-*")))] * 2)
+    assert "more than once" in capsys.readouterr().err
     assert [run["seed"] for run in runs] == ["0", "1"] and {run["rank of ΔW"] for run in runs} == {"2"}
     pictures = [tmp_path / "curves.png", tmp_path / "spectra.png"]
     compare.main([*map(str, tmp_path.glob("uuid-*")), "--curves", str(pictures[0]), "--spectra", str(pictures[1])])
@@ -502,7 +505,7 @@ def test_a_run_of_another_process_is_left_alone(base, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 130 and len([*tmp_path.glob("uuid-*")]) == 1, "nothing was renamed"
-    assert cli(*command, "--max_steps", 4) == 0 and len([*tmp_path.glob("uuid-*")]) == 2, "the lock ended with its process"
+    assert cli(*command, "--max_steps", 4) == 0 and len([*tmp_path.glob("kept-uuid-*")]) == 1, "the lock ended with its process"
 
 
 def test_metrics_are_whole_after_a_kill_between_two_files(base, tmp_path, monkeypatch):
@@ -619,6 +622,12 @@ def test_a_full_rank_warmup_trains_all_weights_first(corpus):
     assert json.loads((folder / "results.json").read_text())["update_rank"] == 32, "a full-rank warm-up's has full rank"
     assert [row["step"] for row in rows(folder / "full_warmup")] == ["4", "6"]
     assert [row["step"] for row in rows(folder)] == ["8", "12"]
+    common[common.index("--full_warmup") + 1] = 4
+    (folder / "results.json").unlink()
+    (folder / "checkpoint.pt").unlink()
+    assert cli(*common, "--methods", "relora", "--resume") == 2, "the warm-up that is there has 6 steps"
+    assert cli(*common, "--methods", "lora") == 0
+    assert not [*(corpus / "out").glob("text-lora-*/adapter.pt")], "the base has changed, so adapters do not suffice"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
