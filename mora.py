@@ -155,22 +155,11 @@ class Rotation(Decoupling):
 
     multiple = 2
 
-    def __init__(self, in_features, out_features, size, fold=False):
-        super().__init__(in_features, out_features, size, fold)
-        self.make_tables("cpu")
-
-    def make_tables(self, device):  # exercise 11
-        theta = 10000 ** (-2 * torch.arange(self.size // 2, dtype=torch.float64, device="cpu") / self.size)
-        angle = torch.arange(self.rows, device="cpu")[:, None] * theta  # (n, r̂ // 2)
-        self.register_buffer("cos", angle.cos().float().to(device), persistent=False)
-        self.register_buffer("sin", angle.sin().float().to(device), persistent=False)
-
-    def _apply(self, function, recurse=True):  # behind .to(), to_empty(), ...: new tables, in float32
-        super()._apply(function, recurse).make_tables(self.cos.device)
-        return self
-
     def rotate(self, rows):  # exercise 11
-        half, cos, sin = self.size // 2, self.cos.to(rows.dtype), self.sin.to(rows.dtype)
+        half, dtype = self.size // 2, torch.promote_types(rows.dtype, torch.float32)  # an angle in bfloat16 is none
+        theta = 10000 ** (-2 * torch.arange(half, dtype=dtype, device=rows.device) / self.size)
+        angle = torch.arange(self.rows, device=rows.device)[:, None] * theta  # (n, r̂ // 2)
+        cos, sin = angle.cos().to(rows.dtype), angle.sin().to(rows.dtype)
         a, b, rest = rows.tensor_split((half, 2 * half), dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)  # (..., n, r̂)
 
