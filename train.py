@@ -308,7 +308,7 @@ LEARNING_RATES = {
     "full": (2e-3, 1e-2, 3e-5), "lora": (2e-2, 3e-3, 2e-4), "lora+": (5e-3, 1e-3, 2e-4), "asylora": (5e-2, 3e-3, 2e-4),
     "dora": (2e-2, 3e-3, 2e-4), "relora": (2e-2, 3e-3, 2e-4), "truncation": (5e-2, 3e-2, 3e-4),
     "sharing": (1e-2, 1e-2, 3e-4), "decoupling": (3e-2, 3e-2, 3e-4), "rotation": (3e-2, 3e-2, 3e-4),
-    "overlap": (2e-2, 1e-2, 3e-4),
+    "overlap": (2e-2, 5e-3, 3e-4),
 }
 
 
