@@ -458,9 +458,9 @@ if dist.is_torchelastic_launched():
     RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def say(text):
+def say(text, file=None):
     if RANK == 0:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 @contextlib.contextmanager
@@ -672,7 +672,7 @@ def finished(folder, config):
     with reading_saved(path):
         results = json.loads(path.read_text(encoding="utf-8"))
         saved, done = dict(results["config"]), results["steps"] == config.max_steps
-        table_row(results)  # a missing field is to show now, not after all runs
+        markdown([table_row(results, seed=str(results["seed"]))])  # what does not fit is to show now, not after all runs
     check_same(path, saved, config)
     return results if done and (not config.export or (folder / "model.pt").exists()) else None
 
@@ -764,7 +764,7 @@ def run_all(argv):
         try:
             results.append(run(config, base, tokenizer, device_name))
         except FloatingPointError as error:  # one run of several may, at a rate too high
-            print(f"train.py: error: {label(config)}: {error}", file=sys.stderr)
+            say(f"train.py: error: {label(config)}: {error}", sys.stderr)
             status = 2
     if results:
         say("\n" + markdown([table_row(result, seed=str(result["seed"])) for result in results]))
@@ -785,7 +785,7 @@ def main(argv=None):
             reason = f"not enough memory ({reason[:150]}): try a smaller --batch_size or model, or more --accumulate"
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             reason = f"torch.compile failed ({reason[:150]}): --no-compile does without"
-        elif not isinstance(error, (ValueError, OSError, FloatingPointError)):
+        elif not isinstance(error, (ValueError, OSError, FloatingPointError)) and not (RANK and "gloo" in str(error)):
             raise
         if RANK == 0 or isinstance(error, OSError):  # what all processes find is printed once
             print(f"train.py: error: {reason}", file=sys.stderr)

@@ -758,7 +758,8 @@ SPOILT = {
                       lambda path: change(path, optimizer=moments(path))],
     "results.json": [lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b""),
                      lambda path: path.write_bytes(b"\xff\xfe"), lambda path: path.write_text("[1, 2]"),
-                     lambda path: path.write_text('{"config": {}}')],
+                     lambda path: path.write_text('{"config": {}}'),
+                     lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"label": None}))],
 }
 
 
