@@ -290,7 +290,7 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x):  # exercise 13
         y = F.linear(x, self.linear.weight) + self.update(self.dropout(x))  # V x: (..., k) -> (..., d)
-        y = y * (self.magnitude / self.row_lengths()).to(y.dtype)
+        y = (y * (self.magnitude / self.row_lengths())).to(y.dtype)  # float16 would overflow where V has a row of zeros
         return y if self.linear.bias is None else y + self.linear.bias.to(y.dtype)
 
     def delta_weight(self):  # exercise 13

@@ -66,13 +66,14 @@ def at_best_rate(results):  # exercise 23
     to the rate that comes first.
     """
     settings = collections.defaultdict(dict)
-    for (label, rate), group in by_setting(result for result in results if math.isfinite(score(result))).items():
+    for (label, rate), group in by_setting(results).items():
         settings[label][rate] = group
     best = []
     for rates in settings.values():
-        seeds = max(map(len, rates.values()))
-        complete = [group for group in rates.values() if len(group) == seeds]
-        best += max(complete, key=lambda group: statistics.mean(map(score, group)))
+        seeds = {result["seed"] for group in rates.values() for result in group}
+        complete = [group for group in rates.values()
+                    if seeds == {result["seed"] for result in group if math.isfinite(score(result))}]
+        best += max(complete, key=lambda group: statistics.mean(map(score, group)), default=[])
     return best
 
 
@@ -197,6 +198,8 @@ def compare(args):
         raise ValueError("{} at rate {}, seed {}, is there more than once".format(*runs.most_common(1)[0][0]))
     best = at_best_rate(results)
     best.sort(key=lambda result: (result["rank"] or 0, train.METHODS.index(result["method"]), result["label"]))
+    if not best:
+        raise ValueError("no setting has a learning rate at which all of its seeds ended well")
     if len(best) < len(results):
         print(results_table(results) + "\n\nEach setting at the best of its learning rates:\n")
     print(results_table(best))

@@ -66,7 +66,7 @@ class TestLoRA:
             "meta, and expected the generator to move on as it does where W0 is on the CPU; it did not: device='cpu'?")
 
     @mark.parametrize("options, factor", [({}, 2), ({"alpha": 3}, 0.75), ({"alpha": 0}, 0),
-                                          ({"alpha": 3, "rslora": True}, 1.5)])
+                                          ({"alpha": 3, "rslora": True}, 1.5), ({"rslora": True}, 4)])
     def test_the_update_is_scaled(self, options, factor):
         layer = randomise(build(LoRALinear, 7, 5, 4, dropout=0.9, **options)).train()  # dropout is for forward
         got = layer.update(torch.eye(7, dtype=torch.float64)).T
@@ -184,10 +184,15 @@ class TestSquareSize:
                 most -= 1
             assert got == most, f"k = {k}, d = {d}, r = {r}, (k + d) r = {(k + d) * r}: expected {most}, got {got}"
 
-    @mark.parametrize("rank", [0, -1, 1.5])
+    @mark.parametrize("k, d, r, expected", [(96, 96, 3, 24), (514, 514, 256, 512), (5120, 11008, 741, 3456)])
+    def test_it_is_exact(self, k, d, r, expected):
+        got = mora.square_size(k, d, r)
+        assert got == expected, f"k = {k}, d = {d}, r = {r}: expected {expected}, got {got}; roots of floats err"
+
+    @mark.parametrize("rank", [0, -1, 1.5, None, "8"])
     def test_what_is_no_rank_is_refused(self, rank):
         with contextlib.suppress(ValueError):
-            pytest.fail(f"square_size(8, 8, {rank}) is to raise a ValueError; got {mora.square_size(8, 8, rank)}")
+            pytest.fail(f"square_size(8, 8, {rank!r}) is to raise a ValueError; got {mora.square_size(8, 8, rank)}")
 
 
 # ---- DoRA ------------------------------------------------------------------------------------------------------------
@@ -248,6 +253,9 @@ class TestDoRA:
         assert got == (torch.float32, torch.bfloat16), (
             f"of a bfloat16 layer ΔW is float32, to be rounded once, and the outputs are bfloat16, as x is; got {got}")
         assert y.isfinite().all() and delta.isfinite().all(), "where a row of V is zero, 0 / 0 is not to come of it"
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            y = layer.float()(x.float())
+        assert y.isfinite().all(), "where a row of V is zero, 0 / 0 is not to come of it: float16 has no 1e-30"
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -286,10 +294,11 @@ def take_a_step(model, optimizer, step):
 
 
 def trained(method):  # a model and its optimizer after five steps
-    model, groups = net(method), ([], [])
+    model, groups = net(method), ([], [], [])
     for name, parameter in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
-        groups["norm" in name].append(parameter)
-    optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "lr": 0.01}], lr=0.1, weight_decay=0.1)
+        groups["norm" in name or 2 * name.endswith(".B")].append(parameter)
+    groups = [{"params": some, "lr": rate} for some, rate in zip(groups, (0.1, 0.01, 0.1)) if some]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
     for step in range(5):
         take_a_step(model, optimizer, step)
     return model, optimizer
@@ -349,6 +358,7 @@ class TestMergeAndReset:
     @every_method
     def test_the_next_step_is_a_new_optimizers(self, method):
         model, optimizer = trained(method)
+        optimizer.zero_grad(set_to_none=True)  # as after a step in train.py
         mora.merge_and_reset(model, optimizer, generator(0))
         other = copy.deepcopy(model)
         new = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
@@ -475,6 +485,8 @@ class TestSchedule:
         assert_rates([8 / 12, 1 / 4, 2 / 4, 3 / 4, 1], "a merge in the warm-up: the lower of both rises", 7, **changes)
         changes = dict(method="remora", warmup_steps=20, merge_every=8, restart_warmup=2)
         assert_rates([8 / 20, 9 / 20, 10 / 20], "a merge in the warm-up: the lower of both rises", 7, **changes)
+        changes = dict(method="remora", schedule="constant", merge_every=4, restart_warmup=8)
+        assert_rates([1 / 8, 2 / 8, 3 / 8, 4 / 8, 1 / 8], "a rise that the next merge cuts short", 4, **changes)
         changes = dict(method="relora", schedule="constant", full_warmup=10, merge_every=8, restart_warmup=4)
         assert_rates([0.25, 0.5, 0.75, 1, 1, 1, 0.25], "adapters begun at step 10; 8 was no restart", 10, **changes)
         changes = dict(schedule="constant", full_warmup=6, restart_warmup=4)
@@ -485,6 +497,7 @@ class TestSchedule:
 
     @mark.parametrize("changes, expected", [
         ({"merge_every": 8}, [8, 16]), ({"merge_every": 8, "max_steps": 25}, [8, 16, 24]), ({"merge_every": None}, []),
+        ({"merge_every": 0}, []),
         ({"merge_every": 8, "full_warmup": 8}, [16]), ({"merge_every": 8, "full_warmup": 9}, [16]),
         ({"merge_every": 5, "warmup_steps": 12}, [5, 10, 15, 20])])
     def test_the_steps_before_which_adapters_restart(self, changes, expected):
@@ -585,6 +598,11 @@ class TestSpectrum:
     def test_the_rank_is_not_that_of_rounding(self):
         got = measure.spectrum(with_singular_values([3.0, 2.0, 1.0], 60, 50).float())[0]
         assert got == 3, f"a matrix of rank 3 in float32: got {got:g}; which s are above max s · max(shape) · eps?"
+        for shape, scale in itertools.product(((3, 300), (300, 3)), (1, 1e-14)):
+            matrix = torch.zeros(*shape, dtype=torch.float64)
+            matrix[:3, :3] = scale * torch.diag(torch.tensor([1, 1e-13, 3e-14]))  # max(shape) · eps is 6.7e-14
+            got = measure.spectrum(matrix)[0]
+            assert got == 2, f"{shape}, s = {scale:g} times 1, 1e-13 and 3e-14: the rank is 2, got {got:g}"
 
 
 @mark.ex22
@@ -605,6 +623,10 @@ class TestRounding:
             x = torch.full((20_000,), x)
             off = (measure.round_randomly(x, a).double().mean() - x[0].double()) / 2.0 ** (math.frexp(x[0])[1] - 8)
             assert abs(off) < 0.02, f"the mean of 20,000 roundings of {x[0]:.6g} is off by {off:.3f} of a step"
+
+    def test_small_updates_are_not_lost(self):
+        got = measure.round_randomly(torch.full((400_000,), 1 + 2**-17), generator(0)).double().mean() - 1
+        assert got == approx(2**-17, rel=0.2), f"the mean of 400,000 roundings of 1 + 2^-17 is 1 + {got:.3g}: 16 bits"
 
     def test_each_number_has_a_random_number_of_its_own(self):
         got = measure.round_randomly(torch.full((50, 50), 1.003), generator(0))
@@ -655,7 +677,9 @@ class TestBestRate:
         ([(0.01, [0.3, 0.3, 0.9]), (0.02, [0.4, 0.4, 0.4])], 0.01, "means of 0.5 and 0.4: not median or worst seed"),
         ([(0.01, [0.703, 0.700, 0.700]), (0.02, [0.702, 0.702, 0.702])], 0.02, "means of 0.701 and 0.702: not rounded"),
         ([(0.01, [0.0, 0.0]), (0.02, [0.0, 0.1])], 0.02, "an accuracy of 0 is an accuracy"),
-        ([(0.05, [0.2]), (0.01, [0.3]), (0.02, [0.1])], 0.01, "one seed")])
+        ([(0.05, [0.2]), (0.01, [0.3]), (0.02, [0.1])], 0.01, "one seed"),
+        ([(0.01, [0.5, math.nan]), (0.02, [0.9]), (0.05, [0.1, 0.2])], 0.05, "seed 1 is nan at 0.01, missing at 0.02"),
+        ([(0.01, [0.5, math.nan]), (0.02, [0.9])], None, "at no rate both seeds ended well: the setting is left out")])
     def test_the_best_mean_over_seeds(self, values, rate, hint):
         assert_best(results(accuracies(*values)), hint, mora=rate)
 
