@@ -173,12 +173,11 @@ class Travels(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", EVERY_METHOD, ids=lambda options: options[-1])
 def test_nothing_goes_to_the_device_in_a_step(options, tmp_path, monkeypatch):
-    """One permutation goes there in an epoch of three steps. The loop waits once, when its clock starts."""
+    """One permutation goes there in an epoch of five steps. The loop waits once, when its clock starts."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
     monkeypatch.setattr(train, "save_checkpoint", lambda *_: None)
     monkeypatch.setattr(train, "evaluate", lambda *_: {})
-    args = train.parse_args([*TINY, "--max_steps", "6", "--eval_every", "3", "--init", "scratch", "--n_pairs", "12",
-                             "--batch_size", "4", *options])
+    args = train.parse_args([*TINY, "--init", "scratch", "--n_pairs", "20", "--batch_size", "4", *options])
     args.dtype, args.compile = "float32", False
     base, tokenizer = train.load_base(args)
     config = next(train.runs(args))
@@ -186,7 +185,7 @@ def test_nothing_goes_to_the_device_in_a_step(options, tmp_path, monkeypatch):
     dataset = train.load_dataset(config, tokenizer, base.config.block_size)
     with Travels() as travels:
         train.train(model, dataset, config, tmp_path)
-    assert travels.shapes == [(12,)] * 2 and travels.waits == 1 + 2, "its clock starts, and the loss of an evaluation"
+    assert travels.shapes == [(20,)] * 3 and travels.waits == 1 + 3, "its clock starts, and the loss of an evaluation"
 
 
 def test_exact_match_is_what_greedy_decoding_finds(base):
