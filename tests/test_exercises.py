@@ -249,6 +249,9 @@ class TestDoRA:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             lengths, delta, y = layer.row_lengths(), layer.delta_weight(), layer(x)
         assert_close(lengths, V.norm(dim=1), "the lengths of V's rows, in float32", tol=1e-6)
+        scale = layer.magnitude / V.norm(dim=1).clamp_min(1e-30)
+        expected = scale[:, None] * V - layer.linear.weight.float()
+        assert_close(delta, expected, "ΔW, calculated in float32 to the end", tol=1e-6)
         got = delta.dtype, y.dtype
         assert got == (torch.float32, torch.bfloat16), (
             f"of a bfloat16 layer ΔW is float32, to be rounded once, and the outputs are bfloat16, as x is; got {got}")

@@ -402,6 +402,9 @@ class TestEq2:
         for what, M in (("at random", randn(4, 4)), ("at zero, where it begins", 0 * randn(4, 4))):
             got = gradients(o(x, M.requires_grad_()), {"M": M}, upstream, f"M {what}")["M"]
             assert_close(got, expected, f"the gradient of M {what}")
+        M, o = nn.Parameter(torch.randn(4, 4)), variant(name, 13, 20).bfloat16()
+        o(x.bfloat16(), M).float().square().sum().backward()
+        assert M.grad is not None and M.grad.any(), "M is float32 and x bfloat16: M is to get a gradient all the same"
 
 
 # ---- The merged forward ----------------------------------------------------------------------------------------------
