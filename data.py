@@ -199,7 +199,8 @@ class PromptPairs:
         self.cut = self.dropped = 0  # rows longer than block_size + 1 tokens; rows without room for a completion
         self.train, self.val = self.encode(train), self.encode(val)
 
-    def encode(self, pairs):  # -> [(number of prompt tokens, all tokens as uint16), ...]
+    def encode(self, pairs):
+        """[(number of prompt tokens, all tokens as uint16), ...]. ValueError if every prompt is too long."""
         rows = []
         for start in range(0, len(pairs), 10_000):  # lists of Python's integers take much memory
             prompts, completions = map(self.tokenizer.encode_ordinary_batch, zip(*pairs[start:start + 10_000]))

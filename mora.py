@@ -58,10 +58,10 @@ class Operator(nn.Module):
         return self.decompress(z)  # -> (..., d)
 
     def regroup(self, generator=None):
-        """Take the next groups, if the operator has any (`Sharing`)."""
+        """Take the next groups, if the operator has any (`Sharing`, `Overlap`)."""
 
     def extra_repr(self):
-        return ", ".join(f"{name}={getattr(self, name)}" for name in ("groups", "fold", "copies") if hasattr(self, name))
+        return ", ".join(f"{name}={vars(self)[name]}" for name in ("groups", "fold", "copies") if name in vars(self))
 
 
 class Truncation(Operator):
@@ -166,7 +166,7 @@ class Rotation(Decoupling):
 
 class Overlap(Operator):
     """Not in the paper: J = `copies` random Sharings of the same M at once, ΔW = Σ Dⱼ M Cⱼ / sqrt(J). So each input is
-    in J groups, and an entry of ΔW is a sum of J entries of M: M is spread more evenly. Its rank: at most J (r̂ - 1) + 1.
+    in J groups, and an entry of ΔW is a sum of J entries of M: M is spread more evenly. Rank at most J (r̂ - 1) + 1.
     """
 
     def __init__(self, in_features, out_features, size, copies=4):
@@ -223,7 +223,7 @@ class Adapter(nn.Module):
     def merged_weight(self) -> torch.Tensor:  # exercise 4
         """W0 + ΔW (d, k), added in float32 at least and rounded once to W0's type."""
         if "weight" not in self.linear._parameters or hasattr(self.linear.weight, "full_tensor"):
-            raise ValueError("a weight that is computed (weight_norm, pruning) or sharded (FSDP2) cannot be merged into")
+            raise ValueError("a weight that is computed (weight_norm, pruning) or sharded (FSDP2) cannot be merged")
         return (self.linear.weight.to(self.dtype) + self.delta_weight()).to(self.linear.weight.dtype)
 
     weight = property(lambda self: self.merged_weight())  # nn.TransformerEncoderLayer and others read these two
@@ -306,7 +306,7 @@ class MoRALinear(Adapter):
     """MoRA, Eq. 2: ΔW x = decompress(M compress(x)). M (r̂, r̂) starts at zero.
 
     `operator` is a key of OPERATORS; `options` go to its class: `groups` for sharing, `fold` for decoupling and
-    rotation. There is no alpha: a factor before M would, under Adam, only be another learning rate.
+    rotation, `copies` for overlap. No alpha: a factor before M would, under Adam, only be another learning rate.
     """
 
     fast = True  # False, or --no-fast in train.py: each forward runs Operator.forward, so breakpoints there stop
@@ -353,7 +353,7 @@ def add_adapters(model: nn.Module, method="mora", rank=8, operator=None, targets
     `operator` is MoRA's; None means rotation, and for remora sharing with groups="cycle". `targets` lists layers by
     their full name or its end, such as ["c_attn", "h.0.mlp.c_fc"]; None means all, except those that share their weight
     with another module, as an output head may with the embedding. `options` go to the method's class: alpha, dropout,
-    rslora, groups, fold. Random numbers (A, random groups) come from torch's global generator. LoRA ignores `operator`.
+    rslora, groups, fold, copies. Random numbers come from torch's global generator. LoRA ignores `operator`.
     ValueError if an argument is wrong, nothing matches, or the model is adapted already; it is then as it was.
     """
     if method not in METHODS:
@@ -483,7 +483,7 @@ def fast_forward(layer, x):
     few = 2 * x.numel() < k * min(k, d) or 4 * x.numel() < side**2
     dropped = layer.dropout.training and layer.dropout.p > 0
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    special = any(hooks) or "forward" in vars(linear) or any(parameter.requires_grad for parameter in linear.parameters())
+    special = any(hooks) or "forward" in vars(linear) or any(p.requires_grad for p in linear.parameters())
     if not layer.fast or few or dropped or special:
         return Adapter.forward(layer, x)
     return MergedProduct.apply(x, layer.M, linear.weight, linear.bias, layer.operator)

@@ -303,7 +303,7 @@ def format_metrics(metrics):
 METHODS, GROUPS = ("full", *mora.METHODS), ("strided", "contiguous", "random", "cycle")
 FLAGS = {"method": "methods"}  # options that are called otherwise than their settings
 # Peak learning rates for --init demo at r = 2, for scratch at r = 4, from sweeps here, and for given weights at r = 8,
-# within what the paper searched for 7B. Adapters' fall as 1 / sqrt(r), as sweeps suggest; a new operator has rotation's.
+# within what the paper searched for 7B. Adapters' fall as 1 / sqrt(r), as sweeps show; a new operator has rotation's.
 LEARNING_RATES = {
     "full": (2e-3, 1e-2, 3e-5), "lora": (2e-2, 3e-3, 2e-4), "lora+": (5e-3, 1e-3, 2e-4), "asylora": (5e-2, 3e-3, 2e-4),
     "dora": (2e-2, 3e-3, 2e-4), "relora": (2e-2, 3e-3, 2e-4), "truncation": (5e-2, 3e-2, 3e-4),
@@ -633,7 +633,7 @@ def run(config, base, tokenizer, device_name):
             return results
         say(f"\n{folder}")
         if folder.exists() and not config.resume and RANK == 0:
-            paths = (folder.with_name(f"kept-{folder.name}.{i}") for i in itertools.count(1))  # no out/uuid-* any more
+            paths = (folder.with_name(f"kept-{folder.name}.{i}") for i in itertools.count(1))  # not out/uuid-*
             kept = folder.rename(next(path for path in paths if not path.exists()))
             say(f"starts anew: the earlier run is kept in {kept}; --resume would have continued it")
         dataset, start, first, seconds = load_dataset(config, tokenizer, base.config.block_size), base, 0, 0.0
@@ -672,7 +672,7 @@ def finished(folder, config):
     with reading_saved(path):
         results = json.loads(path.read_text(encoding="utf-8"))
         saved, done = dict(results["config"]), results["steps"] == config.max_steps
-        markdown([table_row(results, seed=str(results["seed"]))])  # what does not fit is to show now, not after all runs
+        markdown([table_row(results, seed=str(results["seed"]))])  # what does not fit shows now, not after all runs
     check_same(path, saved, config)
     return results if done and (not config.export or (folder / "model.pt").exists()) else None
 

@@ -62,8 +62,8 @@ def score(result):
 def at_best_rate(results):  # exercise 23
     """Of every setting, the results at its best learning rate: by the last accuracy, or loss, in the mean over seeds.
 
-    A rate that lacks a seed which another rate of the setting has, because its run diverged, is not compared. A tie goes
-    to the rate that comes first.
+    A rate that lacks a seed which another rate of the setting has, because its run diverged, is not compared. A tie
+    goes to the rate that comes first.
     """
     settings = collections.defaultdict(dict)
     for (label, rate), group in by_setting(results).items():
@@ -85,8 +85,8 @@ def at_best_rate(results):  # exercise 23
 def update_spectra(folder):
     """The singular values s of what a run added to the linear layers, over all merges, by kind of layer.
 
-    Means over the layers of a kind: rank, the count above 0.1 (the paper's Figure 5), effective rank (exp of the entropy
-    of s / Σ s), stable rank (Σ s² / max s²), and s itself.
+    Means over the layers of a kind: rank, the count above 0.1 (the paper's Figure 5), effective rank (exp of the
+    entropy of s / Σ s), stable rank (Σ s² / max s²), and s itself.
     """
     state = load_file(folder / "checkpoint.pt")
     config = train.Config(**state["config"] | {"device": "cpu"})
@@ -105,7 +105,8 @@ def update_spectra(folder):
         measures = {"rank": (s > noise).sum(1), "above 0.1": (s > 0.1).sum(1),
                     "effective rank": torch.special.entr(share).sum(1).exp(),
                     "stable rank": (s / s[:, :1].clamp_min(1e-30)).square().sum(1)}
-        spectra[kind] = {name: values.float().mean().item() for name, values in measures.items()} | {"s": s.mean(0).tolist()}
+        means = {name: values.float().mean().item() for name, values in measures.items()}
+        spectra[kind] = means | {"s": s.mean(0).tolist()}
     return spectra
 
 
@@ -185,15 +186,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         compare(args)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(str(error) if isinstance(error, (OSError, ValueError)) else f"a results.json is damaged ({error!r})")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    except (KeyError, TypeError) as error:
+        parser.error(f"a results.json is damaged ({error!r})")
 
 
 def compare(args):
     results = [result for result in map(load, args.runs) if result]
     if not results:
         raise ValueError(f"{args.runs[0]} is not the folder of a finished run: it has no results.json")
-    runs = collections.Counter((result["label"], result["config"]["learning_rate"], result["seed"]) for result in results)
+    runs = collections.Counter((one["label"], one["config"]["learning_rate"], one["seed"]) for one in results)
     if max(runs.values()) > 1:
         raise ValueError("{} at rate {}, seed {}, is there more than once".format(*runs.most_common(1)[0][0]))
     best = at_best_rate(results)

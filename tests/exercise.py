@@ -303,7 +303,8 @@ def run(args, root):
     for number, (title, _) in known.items() if not numbers else ():
         states = {part.state for part in project.parts[number]}
         passed, tests, code = project.marks.get(str(number), (0, 0, ""))
-        print(f"{number:2}  {title:38}{summary(states)}" + f", {passed} of {tests} tests" * (code == project.code(number)))
+        marks = f", {passed} of {tests} tests" * (code == project.code(number))
+        print(f"{number:2}  {title:38}{summary(states)}{marks}")
 
 
 if __name__ == "__main__":

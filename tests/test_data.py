@@ -691,6 +691,15 @@ def test_c4_is_downloaded_and_tokenized_once_from_each_address(server, tmp_path,
         data.c4_tokens(url, 2, BYTES, tmp_path / "cache")
 
 
+def test_addresses_that_read_alike_do_not_share_their_files(tmp_path):
+    for folder in ("c.4", "c-4"):
+        (tmp_path / folder / "en").mkdir(parents=True)
+        for name in ("c4-train.00000-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"):
+            write(tmp_path / folder / "en" / name, json_lines([{"text": folder}]))
+        _, val = data.c4_tokens((tmp_path / folder).as_uri(), 1, BYTES, tmp_path / "cache")
+        assert tokens_of(val) == plain_tokens([folder])
+
+
 @pytest.mark.parametrize("url, shards, complaint", [
     *((url, 1, "--c4_url must") for url in ("huggingface.co/c4", "/data/c4", "ftp://x/c4", "http://ü/c", "http://a/b c",
                                             "http://[::1/c4", "http://a:b/c")),

@@ -235,7 +235,8 @@ def test_half_precision_becomes_single(tmp_path):
     ("h.2.attn.c_attn.weight", torch.ones(72, 24), r"h.2.attn.c_attn.weight is \(24, 72\) in the file, and \(72, 24\)"),
     ("lm_head.weight", torch.ones(31, 24), "lm_head.weight is not wte.weight"),
     ("wte.weight", torch.ones(31), "no wte.weight of 2 dimensions"), ("wpe.weight", torch.tensor(1.0), "no wpe.weight"),
-    ("ln_f.bias", torch.full((24,), math.nan), "ln_f.bias is not finite")])
+    ("ln_f.bias", torch.full((24,), math.nan), "ln_f.bias is not finite"),
+    ("ln_f.bias", torch.full((24,), 1e300, dtype=torch.float64), "ln_f.bias is not finite")])  # in float32
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, name, value, message):
     state = gpt2_checkpoint(random_gpt()) | {name: value}
     torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, tmp_path / "gpt2.bin")

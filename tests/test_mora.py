@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 import mora
 from mora import (OPERATORS, DoRALinear, LoRALinear, MoRALinear, adapter_state_dict, add_adapters, load_adapters,
                   merge_adapters, merge_and_reset, square_size)
+from test_linear_maps import rotation_matrix
 
 # Every way to adapt a layer, as options of add_adapters (whose default method is mora).
 CYCLE = [("strided", "strided"), ("contiguous", "contiguous"), ("contiguous", "strided"), ("strided", "contiguous")]
@@ -143,16 +144,6 @@ def make(k, d, size, operator, **options):
 def matrix(operator, M, k):
     """ΔW (d, k): column j is what the j-th unit vector becomes on its way through compress, M and decompress."""
     return operator.decompress(operator.compress(torch.eye(k, dtype=M.dtype)) @ M.T).T
-
-
-def rotation_matrix(size, i):
-    """Eq. 9: what turns row i. Coordinates j and j + r̂/2 are a pair, and its angle is i θ_j."""
-    R, half = torch.eye(size, dtype=torch.float64), size // 2
-    for j in range(half):
-        angle = i * 10000 ** (-2 * j / size)
-        R[j, j], R[j, j + half] = math.cos(angle), -math.sin(angle)
-        R[j + half, j], R[j + half, j + half] = math.sin(angle), math.cos(angle)
-    return R
 
 
 def formula(name, M, k, d, operator, fold=False):
@@ -598,10 +589,10 @@ def test_merge_and_reset_drops_the_optimizers_state_of_the_adapters_only(name):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             first = torch.allclose(before[name] - parameter, torch.full_like(parameter, 0.1))
-            assert first == (not name.startswith("norm")), f"{name}: Adam's first step is its rate, 0.1, in every number"
+            assert first == (not name.startswith("norm")), f"{name}: Adam's first step is its rate in every number"
 
 
-@pytest.mark.parametrize("name", ["lora", "asylora", "dora", "sharing random"])
+@pytest.mark.parametrize("name", ["lora", "asylora", "dora", "sharing random", "overlap"])
 def test_merge_and_reset_draws_from_the_generator(name):
     states = []
     for seed in (1, 1, 2):
@@ -679,9 +670,11 @@ class OwnDecoupling(mora.Decoupling):
 
 
 OWN = {"own": Own, "own rows": OwnRows, "own decoupling": OwnDecoupling,
-       "own sharing": type("OwnSharing", (mora.Sharing,), {"decompress": lambda self, z: 3 * mora.Sharing.decompress(self, z)}),
+       "own sharing": type("OwnSharing", (mora.Sharing,),
+                           {"decompress": lambda self, z: 3 * mora.Sharing.decompress(self, z)}),
        "own rotation": type("OwnRotation", (mora.Rotation,), {"rotate": lambda self, rows: rows.flip(-2)}),
-       "own output": type("OwnOutput", (mora.Rotation,), {"decompress": lambda self, z: mora.Rotation.decompress(self, z).flip(-1)})}
+       "own output": type("OwnOutput", (mora.Rotation,),
+                          {"decompress": lambda self, z: mora.Rotation.decompress(self, z).flip(-1)})}
 
 
 @pytest.fixture
@@ -697,7 +690,8 @@ def is_fast(y):
 @pytest.mark.parametrize("options", [*MORA.values(), *({"operator": name} for name in OWN)], ids=[*MORA, *OWN])
 def test_fast_is_the_definition(options, own_operators):
     """Outputs, and the gradients of x and M, for any shape of layer and of x; and as merging has it."""
-    for k, d, rank in [(12, 12, 2), (13, 22, 2), (22, 13, 2), (26, 14, 2), (5, 33, 1), (40, 40, 1), (7, 9, 7), (4, 1, 1)]:
+    for k, d, rank in [(12, 12, 2), (13, 22, 2), (22, 13, 2), (26, 14, 2), (5, 33, 1), (40, 40, 1), (7, 9, 7),
+                       (4, 1, 1)]:
         model, layer = adapted(k, d, rank, **options)
         for shape in [(2, 25), (50,), ()]:
             x, g, results = randn(*shape, k).requires_grad_(), randn(*shape, d), {}
@@ -705,12 +699,13 @@ def test_fast_is_the_definition(options, own_operators):
                 y = layer(x)
                 results[layer.fast] = y, *torch.autograd.grad(y, (x, layer.M), g)
                 assert is_fast(y) == (layer.fast and (shape != () or k == 4)), "the way that forward took"
-            for name, got, expected in zip(("outputs", "gradient of x", "gradient of M"), results[True], results[False]):
+            names = "outputs", "gradient of x", "gradient of M"
+            for name, got, expected in zip(names, results[True], results[False]):
                 assert_close(got, expected, f"{name}, k = {k}, d = {d}, r̂ = {len(layer.M)}, x {tuple(x.shape)}")
             layer.fast = True
         merge_and_reset(model)  # its groups are others then
         randomise(model)
-        assert_close(layer(x.expand(50, k)), layer.merge()(x.expand(50, k)), "with the next groups, merge() and forward")
+        assert_close(layer(x.expand(50, k)), layer.merge()(x.expand(50, k)), "merge() with the next groups")
 
 
 @every_operator
@@ -728,7 +723,9 @@ def test_speed_can_be_deleted():
     """What is left without the last section, and the method that refers to it, computes the formulas."""
     source = pathlib.Path(mora.__file__).read_text(encoding="utf-8")
     source = source[:source.index("\n# ---- Speed")]
-    forward = "    def forward(self, x):  # what Adapter.forward computes, in less time\n        return fast_forward(self, x)\n"
+    forward = """    def forward(self, x):  # what Adapter.forward computes, in less time
+        return fast_forward(self, x)
+"""
     assert source.count(forward) == 1
     slow = types.ModuleType("slow_mora")
     exec(compile(source.replace(forward, ""), "slow_mora.py", "exec"), slow.__dict__)
@@ -745,8 +742,8 @@ def test_one_switch_makes_every_layer_compute_as_defined(monkeypatch):
     model = adapted_net()
     assert is_fast(model.blocks[0]["up"](randn(50, 10)))
     monkeypatch.setattr(MoRALinear, "fast", False)
-    seen = []
-    monkeypatch.setattr(mora.Operator, "forward", lambda self, x, M: seen.append(self) or 0 * F.linear(x, M.new_zeros(self.out_features, self.in_features)))
+    seen, forward = [], mora.Operator.forward
+    monkeypatch.setattr(mora.Operator, "forward", lambda self, x, M: seen.append(self) or forward(self, x, M))
     model()
     assert len(seen) == 4, "a breakpoint in Eq. 2 stops in every layer"
 
@@ -778,13 +775,20 @@ def test_hooks_of_the_frozen_layer_run_for_any_number_of_tokens(hook):
     assert len(calls) == 2
 
 
-def test_a_frozen_layer_of_the_users_own_is_called_for_any_number_of_tokens():
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_a_forward_of_the_users_own_is_called_for_any_number_of_tokens(tokens):
     _, layer = adapted(12, 12)
     layer.linear.forward = lambda x: 0 * x
-    layer.eval()
-    layer.dropout = nn.Dropout(1.0).train()  # MC dropout: in an eval model
-    for tokens in (1, 50):
-        assert_close(layer(randn(tokens, 12)), torch.zeros(tokens, 12), f"{tokens} tokens")
+    x = randn(tokens, 12)
+    assert_close(layer(x), layer.update(x), "W0 x is what the patched layer says, 0")
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_dropout_that_is_on_in_an_eval_model(tokens):
+    _, layer = adapted(12, 12, dropout=1.0)
+    layer.eval().dropout.train()
+    x = randn(tokens, 12)
+    assert_close(layer(x), layer.linear(x), "all inputs of the adapter are dropped, as for Monte Carlo dropout")
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.float16, torch.float64, torch.complex64])
@@ -907,6 +911,7 @@ def test_save_and_load(options):
     (dict(rank=1), dict(rank=2)), (dict(method="lora", rank=1), dict(method="lora", rank=2)),
     (dict(method="lora", alpha=8), dict(method="lora", alpha=16)), (dict(method="lora"), dict(method="dora")),
     (dict(operator="sharing", groups="random"), dict(operator="sharing", groups="cycle")),
+    (dict(operator="overlap", copies=2), dict(operator="overlap", copies=4)),
     (dict(method="lora"), dict(method="lora", rslora=True)), (dict(method="lora"), dict(method="mora")),
     (dict(targets=["up"]), dict()), (dict(), dict(targets=["up"]))], ids=str)
 def test_loading_into_another_kind_of_model(saved, own):
