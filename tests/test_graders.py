@@ -232,7 +232,9 @@ def state(tool, number):
 ERROR = 'raise NotImplementedError("exercise {}: write {}, as EXERCISES.md says")'
 
 
-def test_as_a_student_types_it(project, tool):
+def test_as_a_student_types_it(project, tool, monkeypatch):
+    if sys.platform == "linux":
+        monkeypatch.setattr(grading, "METHOD", "fork")
     def python(*words):
         run = subprocess.run([sys.executable, *words], cwd=project, capture_output=True, text=True, encoding="utf-8")
         return run.returncode, run.stdout + run.stderr
@@ -241,7 +243,7 @@ def test_as_a_student_types_it(project, tool):
     status, text = python("-m", "pytest", "-q", "-m", "ex9", "tests/test_linear_maps.py")
     assert status == 1 and "exercise 9: write Decoupling.compress, as EXERCISES.md says" in text, text
     edit(project, ERROR.format(9, "Decoupling.compress"), "return self.rotate(x.unflatten(-1, (-1, self.size)))")
-    status, text = python("tests/exercise.py", "--grade", "9")
+    status, text = tool("--grade", "9")
     passed, tests = map(int, re.search(r"(\d+) of (\d+) tests passed", text).groups())
     assert status == 0 and 0 < passed < tests and "FAILED  the values of, decoupling compress" in text, text
     assert state(tool, 9) == f"own code, {passed} of {tests} tests"

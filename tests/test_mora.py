@@ -15,7 +15,6 @@ import itertools
 import math
 import pathlib
 import random
-import subprocess
 import sys
 import types
 
@@ -245,10 +244,10 @@ def test_layer_freezes_what_it_wraps(layer, own):
 
 
 def deal_shapes():
-    """Every (k, d) up to 70, and some larger ones, dealt to the variants, with ranks of every sort: 1, odd, above k."""
+    """Every (k, d) up to 50, and some larger ones, dealt to the variants, with ranks of every sort: 1, odd, above k."""
     draw = random.Random(0)
-    shapes = [*itertools.product(range(1, 71), repeat=2)]
-    shapes += [(draw.randint(71, 700), draw.randint(71, 700)) for _ in range(6 * len(VARIANTS))]
+    shapes = [*itertools.product(range(1, 51), repeat=2)]
+    shapes += [(draw.randint(51, 700), draw.randint(51, 700)) for _ in range(6 * len(VARIANTS))]
     draw.shuffle(shapes)
     shapes = [(k, d, draw.choice((1, 2, 3, 7, k + 1)), draw.random() < 0.5) for k, d in shapes]
     return [shapes[i::len(VARIANTS)] for i in range(len(VARIANTS))]
@@ -930,14 +929,10 @@ def test_loading_names_what_does_not_fit(key, value):
     assert_error(model, lambda: load_adapters(model, state), key)
 
 
-def test_the_file_needs_torch_only(tmp_path):
+def test_the_file_needs_torch_only():  # it runs alone in test_readme.py
     source = pathlib.Path(mora.__file__).read_text(encoding="utf-8")
     nodes = [*ast.walk(ast.parse(source))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names | {"torch"}}
     assert not foreign, f"mora.py imports {foreign}"
-    (tmp_path / "mora.py").write_text(source, encoding="utf-8")
-    code = "import mora, torch; print(mora.MoRALinear(torch.nn.Linear(9, 9), rank=1).M.shape)"
-    run = subprocess.run([sys.executable, "-E", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout == "torch.Size([4, 4])\n", run.stderr

@@ -74,6 +74,9 @@ def test_every_name_exists():
 # Commands
 
 
+RUNS = {}  # results by settings
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the commands read, by the names they call it."""
@@ -95,15 +98,20 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("options", COMMANDS)
 def test_commands_run(options, folder, monkeypatch):
-    """With a tiny model, for two steps, at one rate, from one seed; GPT-2's tokenizer and C4 are of our own."""
+    """With a tiny model, for two steps, at one rate, from one seed, and what several commands run, once; GPT-2's
+    tokenizer and C4 are of our own.
+    """
     monkeypatch.chdir(folder)
+    run = train.run
+    monkeypatch.setattr(train, "run", lambda config, *rest: RUNS.get(repr(config))
+                        or RUNS.setdefault(repr(config), run(config, *rest)))
     get_tokenizer = data.get_tokenizer
     monkeypatch.setattr(data, "get_tokenizer", lambda name: get_tokenizer("bytes"))
     monkeypatch.setattr(train, "DEMO_BASE", train.DEMO_BASE | dict(max_steps=4, warmup_steps=0))
     monkeypatch.setattr(train, "DEMO_TEXT", 10_000)
     args = train.parse_args(options.split())  # as it stands
     size = "--n_layer 1 --n_head 2 --n_embd 32" if args.init in ("demo", "scratch") else ""
-    size += f" --c4_url file:{folder}/c4" if args.task == "c4" else ""
+    size += {"c4": f" --c4_url file:{folder}/c4", "uuid": " --n_pairs 4"}.get(args.task, "")
     small = f"{size} --max_steps 2 --batch_size 4 --learning_rate 1e-3 --seed 0 --device cpu --out_dir out"
     with pytest.raises(SystemExit) as end:
         train.main([*options.split(), *small.split()])

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,7 +34,8 @@ from model import GPT, PRESETS, GPTConfig
 ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, ROOT / "train.py"]
 TINY = ("uuid --n_layer 1 --n_head 2 --n_embd 32 "
-        "--n_pairs 4 --max_steps 12 --eval_every 4 --merge_every 5 --warmup_steps 2").split()
+        "--n_pairs 4 --batch_size 4 --max_steps 12 --eval_every 4 --merge_every 5 --warmup_steps 2").split()
+FOUR_PAIRS = "--n_pairs", "4", "--batch_size", "4"
 
 
 EVERY_METHOD = [*(["--methods", method] for method in ("full", "lora", "lora+", "asylora", "dora")),
@@ -177,15 +179,17 @@ def test_nothing_goes_to_the_device_in_a_step(options, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
     monkeypatch.setattr(train, "save_checkpoint", lambda *_: None)
     monkeypatch.setattr(train, "evaluate", lambda *_: {})
-    args = train.parse_args([*TINY, "--init", "scratch", "--n_pairs", "20", "--batch_size", "4", *options])
+    args = train.parse_args([*TINY, "--init", "scratch", "--n_pairs", "20", "--batch_size", "4",
+                             "--max_steps", "6", "--eval_every", "6", *options])
     args.dtype, args.compile = "float32", False
     base, tokenizer = train.load_base(args)
     config = next(train.runs(args))
     model, config.device = train.adapt(base, config).to("meta"), "meta"
     dataset = train.load_dataset(config, tokenizer, base.config.block_size)
+    data.shuffled.cache_clear()
     with Travels() as travels:
         train.train(model, dataset, config, tmp_path)
-    assert travels.shapes == [(20,)] * 3 and travels.waits == 1 + 3, "its clock starts, and the loss of an evaluation"
+    assert travels.shapes == [(20,)] * 2 and travels.waits == 1 + 1, "its clock starts, and the loss of an evaluation"
 
 
 def test_exact_match_is_what_greedy_decoding_finds(base):
@@ -223,14 +227,14 @@ def test_bits_are_what_the_model_knows_of_the_values(base):
 @pytest.mark.parametrize("options", EVERY_METHOD, ids=lambda options: options[-1])
 def test_every_method_memorizes_four_pairs(options, base, tmp_path):
     rate = 2e-3 if "lora+" in options else 1e-2
-    assert cli("uuid", "--init", base, "--n_pairs", 4, "--max_steps", 120, "--rank", 16, "--learning_rate", rate,
+    assert cli("uuid", "--init", base, *FOUR_PAIRS, "--max_steps", 120, "--rank", 16, "--learning_rate", rate,
                "--out_dir", tmp_path, *options) == 0
     accuracy = json.loads(next(tmp_path.glob("*/results.json")).read_text())["metrics"]["char_accuracy"]
     assert accuracy > 0.4, "guessing gets 10 % of the digits right, and a method that learns four times as many by now"
 
 
 def test_an_earlier_run_is_kept(base, tmp_path):
-    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "--max_steps", 4, "--out_dir", tmp_path]
+    command = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "--max_steps", 4, "--out_dir", tmp_path]
     assert cli(*command) == 0 and cli(*command, "--alpha", 9) == 0
     folder, = tmp_path.glob("uuid-*seed0")
     first, second = (json.loads((path / "results.json").read_text())["config"]["alpha"]
@@ -239,7 +243,7 @@ def test_an_earlier_run_is_kept(base, tmp_path):
 
 
 def test_what_a_run_leaves(base, tmp_path, capsys):
-    assert cli("uuid", "--init", base, "--n_pairs", 4, "--max_steps", 8, "--eval_every", 3,
+    assert cli("uuid", "--init", base, *FOUR_PAIRS, "--max_steps", 8, "--eval_every", 3,
                "--methods", "full", "mora", "--out_dir", tmp_path) == 0
     folder = next(tmp_path.glob("uuid-mora-*"))
     assert {file.name for file in folder.iterdir()} == {"metrics.csv", "results.json", "checkpoint.pt", "adapter.pt"}
@@ -274,7 +278,7 @@ def table(text, method):
 
 
 def test_compare_gives_means_over_seeds_and_draws_if_it_can(base, tmp_path, capsys):
-    assert cli("uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "mora", "--rank", 2, 4, "--seed", 0, 1,
+    assert cli("uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "mora", "--rank", 2, 4, "--seed", 0, 1,
                "--max_steps", 4, "--out_dir", tmp_path) == 0
     runs = table(capsys.readouterr().out, "lora r2")
     with pytest.raises(SystemExit, match="2"):
@@ -306,7 +310,7 @@ def test_no_fast_computes_every_layer_as_defined(base, tmp_path, monkeypatch):
     monkeypatch.setattr(mora.MoRALinear, "fast", True)
     seen, forward = [], mora.Operator.forward
     monkeypatch.setattr(mora.Operator, "forward", lambda self, x, M: seen.append(len(x)) or forward(self, x, M))
-    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "mora", "--max_steps", 3, "--out_dir", tmp_path]
+    command = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "mora", "--max_steps", 3, "--out_dir", tmp_path]
     for options, calls in (([], 0), (["--no-fast"], 4 * 3)):
         seen.clear()
         with monkeypatch.context() as patch:
@@ -329,7 +333,7 @@ def test_runs_are_the_combinations_of_what_concerns_a_method():
 
 
 def test_compare_shows_each_setting_at_its_best_rate(base, tmp_path, capsys):
-    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "mora", "--max_steps", 40]
+    command = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "mora", "--max_steps", 40]
     assert cli(*command, "--learning_rate", 0, 1e-2, "--out_dir", tmp_path) == 0
     compare.main([*map(str, tmp_path.glob("uuid-*"))])
     best = capsys.readouterr().out.split("Each setting at the best of its learning rates:")[1]
@@ -341,7 +345,7 @@ def test_compare_shows_each_setting_at_its_best_rate(base, tmp_path, capsys):
 
 
 def test_evaluation_and_micro_batches_change_nothing(base, tmp_path):
-    common = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "mora", "--max_steps", 8]
+    common = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "mora", "--max_steps", 8]
     for name, options in dict(plain=["--eval_every", 8], often=["--eval_every", 1],
                               cut=["--eval_every", 8, "--accumulate", 4]).items():
         assert cli(*common, *options, "--out_dir", tmp_path / name) == 0
@@ -351,7 +355,7 @@ def test_evaluation_and_micro_batches_change_nothing(base, tmp_path):
 
 
 def test_seeds_differ(base, tmp_path):
-    assert cli("uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "--max_steps", 4, "--seed", 0, 1,
+    assert cli("uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "--max_steps", 4, "--seed", 0, 1,
                "--out_dir", tmp_path) == 0
     first, second = (rows(next(tmp_path.glob(f"*-seed{seed}"))) for seed in (0, 1))
     assert first != second
@@ -383,10 +387,9 @@ def test_a_merge_clears_the_optimizers_memory_of_the_adapters_only(tmp_path):
     "--methods mora --dropout 0.1", "--methods remora --operator sharing --groups cycle",
     "--methods remora --operator sharing", "--methods relora --init scratch",
     "--methods lora+ --full_warmup 5 --schedule cosine"])
-@pytest.mark.parametrize("broken_at", [2, 6, 11])
-def test_a_broken_run_resumes_bit_for_bit(options, broken_at, base, tmp_path, monkeypatch):
+def test_a_broken_run_resumes_bit_for_bit(options, base, tmp_path, monkeypatch):
     common = TINY if "scratch" in options else ["uuid", "--init", base, *TINY[7:]]
-    common = [*common, *options.split()]
+    common = [*map(str, common), *options.split()]
     assert cli(*common, "--out_dir", tmp_path / "whole") == 0
 
     class Killed(Exception):
@@ -399,59 +402,73 @@ def test_a_broken_run_resumes_bit_for_bit(options, broken_at, base, tmp_path, mo
             raise Killed
         return batch(self, step)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(data.UUIDPairs, "batch", breaking)
-        with pytest.raises(Killed):
-            train.main([str(arg) for arg in [*common, "--out_dir", tmp_path / "broken"]])
-    assert cli(*common, "--out_dir", tmp_path / "broken", "--resume") == 0
-    whole, broken = (next((tmp_path / name).glob("uuid-*")) for name in ("whole", "broken"))
-    assert_same_run(whole, broken)
+    for broken_at in (2, 6, 11):
+        out = tmp_path / f"broken at {broken_at}"
+        with monkeypatch.context() as patch:
+            patch.setattr(data.UUIDPairs, "batch", breaking)
+            with pytest.raises(Killed):
+                train.main([*common, "--out_dir", str(out)])
+        assert cli(*common, "--out_dir", out, "--resume") == 0
+        assert_same_run(*(next(folder.glob("uuid-*")) for folder in (tmp_path / "whole", out)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_stopped_process_resumes_bit_for_bit(number, base, tmp_path):
-    command = ["uuid", "--init", base, "--methods", "mora", "--n_pairs", 4, "--max_steps", 100, "--eval_every", 10,
+def start(*argv, **environment):
+    """train.py as a process of its own."""
+    return subprocess.Popen([*TRAIN, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), **environment})
+
+
+def wait_for(process, beginning):
+    """Until the process prints a line that begins so."""
+    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()[1]
+
+
+def test_a_stopped_process_resumes_bit_for_bit(base, tmp_path):
+    command = ["uuid", "--init", base, "--methods", "mora", *FOUR_PAIRS, "--max_steps", 150, "--eval_every", 10,
                "--device", "cpu"]
-    process = subprocess.Popen([*TRAIN, *map(str, command), "--out_dir", tmp_path / "stopped"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
-    for line in process.stdout:
-        if line.startswith("step  20/"):
-            break
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 130 and "--resume" in error and "Traceback" not in error
-    assert cli(*command, "--out_dir", tmp_path / "stopped", "--resume") == 0
+    processes = {number: start(*command, "--out_dir", tmp_path / number.name)
+                 for number in (signal.SIGINT, signal.SIGKILL)}  # SIGTERM is in the next test
+    for number, process in processes.items():
+        wait_for(process, "step  20/")
+        process.send_signal(number)
     assert cli(*command, "--out_dir", tmp_path / "whole") == 0
-    assert_same_run(*(next((tmp_path / name).glob("uuid-*")) for name in ("whole", "stopped")))
+    for number, process in processes.items():
+        _, error = process.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 130 and "--resume" in error and "Traceback" not in error
+        assert cli(*command, "--out_dir", tmp_path / number.name, "--resume") == 0
+        assert_same_run(*(next((tmp_path / name).glob("uuid-*")) for name in ("whole", number.name)))
 
 
-def test_all_processes_stop_when_one_is_asked_to(base, tmp_path):
+def test_a_run_is_left_alone_by_others_and_stops_as_a_whole(base, tmp_path, capsys):
+    """A run of two processes; commands that want its folder meanwhile; and one of the two is asked to stop."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     environment = dict(OMP_NUM_THREADS="1", TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2", MASTER_ADDR="localhost",
                        MASTER_PORT=port)
-    command = [*TRAIN, "uuid", "--init", base, "--methods", "mora", "--n_pairs", "8", "--max_steps", "5000",
-               "--eval_every", "5", "--device", "cpu", "--out_dir", tmp_path]
-    first, second = (subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                      env=os.environ | environment | {"RANK": rank}) for rank in "01")
-    for line in first.stdout:
-        if " 5/5000" in line:
-            break
-    second.send_signal(signal.SIGTERM)
-    for process in (first, second):
+    command = ["uuid", "--init", base, "--methods", "mora", "--n_pairs", 8, "--device", "cpu", "--out_dir", tmp_path]
+    both = [start(*command, "--max_steps", 5000, "--eval_every", 5, RANK=rank, **environment) for rank in "01"]
+    wait_for(both[0], "step    5/5000")
+    for options in (["--dropout", 0.5], ["--resume"]):
+        assert cli(*command, "--max_steps", 5000, *options) == 2
+        error = capsys.readouterr().err
+        assert f"in use by process {both[0].pid}" in error and error.count("\n") == 1
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130 and "which is saved" in error and "Traceback" not in error
+    folder, = tmp_path.glob("uuid-*")  # nothing was renamed
     step = re.search(r"stopped after step (\d+)", error)[1]
-    assert torch.load(next(tmp_path.glob("uuid-*/checkpoint.pt")), weights_only=True)["step"] == int(step)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == int(step)
+    assert cli(*command, "--max_steps", 4) == 0, "the lock ended with its process"
+    assert len([*tmp_path.glob("kept-uuid-*")]) == 1
 
 
 def test_finished_runs_are_not_run_again(base, tmp_path, capsys):
-    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "--max_steps", 4, "--out_dir", tmp_path]
+    command = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "--max_steps", 4, "--out_dir", tmp_path]
     assert cli(*command) == 0
     results = next(tmp_path.glob("*/results.json"))
     before = results.stat().st_mtime_ns
@@ -462,7 +479,7 @@ def test_finished_runs_are_not_run_again(base, tmp_path, capsys):
 @pytest.mark.parametrize("change", ["--n_pairs 5", "--max_steps 9", "--batch_size 2", "--alpha 3", "--schedule cosine",
                                     "--dropout 0.5"])
 def test_resuming_with_other_settings_is_refused(change, base, tmp_path, capsys):
-    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "--max_steps", 4, "--warmup_steps", 1,
+    command = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "--max_steps", 4, "--warmup_steps", 1,
                "--out_dir", tmp_path]
     assert cli(*command) == 0
     capsys.readouterr()
@@ -475,7 +492,7 @@ def test_resuming_with_other_settings_is_refused(change, base, tmp_path, capsys)
 @pytest.mark.parametrize("options", ["--methods mora", "--methods remora --operator sharing --groups random",
                                      "--methods relora"])
 def test_a_constant_schedule_may_be_prolonged(options, base, tmp_path):
-    command = ["uuid", "--init", base, "--n_pairs", 4, *options.split(), "--warmup_steps", 1, "--merge_every", 4,
+    command = ["uuid", "--init", base, *FOUR_PAIRS, *options.split(), "--warmup_steps", 1, "--merge_every", 4,
                "--restart_warmup", 2, "--schedule", "constant", "--eval_every", 2]
     assert cli(*command, "--max_steps", 8, "--out_dir", tmp_path / "a") == 0
     assert cli(*command, "--max_steps", 12, "--out_dir", tmp_path / "a", "--resume") == 0
@@ -484,7 +501,7 @@ def test_a_constant_schedule_may_be_prolonged(options, base, tmp_path):
 
 
 def test_seconds_are_those_of_all_sessions(base, tmp_path, monkeypatch):
-    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "mora", "--schedule", "constant",
+    command = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "mora", "--schedule", "constant",
                "--warmup_steps", 1]
     clock = itertools.count()
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
@@ -495,24 +512,8 @@ def test_seconds_are_those_of_all_sessions(base, tmp_path, monkeypatch):
     assert json.loads(results.read_text())["seconds"] > before > 0
 
 
-def test_a_run_of_another_process_is_left_alone(base, tmp_path):
-    command = ["uuid", "--init", base, "--methods", "lora", "--n_pairs", 4, "--device", "cpu", "--out_dir", tmp_path]
-    process = start(*command, "--max_steps", 4000, "--eval_every", 5)
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
-    for second in [start(*command, "--max_steps", 4000, *options) for options in (["--dropout", 0.5], ["--resume"])]:
-        _, error = second.communicate(timeout=60)
-        assert second.returncode == 2 and f"in use by process {process.pid}" in error and error.count("\n") == 1
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 130 and len([*tmp_path.glob("uuid-*")]) == 1, "nothing was renamed"
-    assert cli(*command, "--max_steps", 4) == 0, "the lock ended with its process"
-    assert len([*tmp_path.glob("kept-uuid-*")]) == 1
-
-
 def test_metrics_are_whole_after_a_kill_between_two_files(base, tmp_path, monkeypatch):
-    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "mora", "--max_steps", 8, "--eval_every", 4]
+    command = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "mora", "--max_steps", 8, "--eval_every", 4]
     assert cli(*command, "--out_dir", tmp_path / "whole") == 0
     write = train.write
     for name, calls in (("a", 4), ("b", 3), ("c", 2), ("d", 1)):
@@ -633,7 +634,7 @@ def test_a_full_rank_warmup_trains_all_weights_first(corpus):
 
 @pytest.mark.parametrize("full_warmup", [0, 2])
 def test_adapters_are_saved_where_they_rebuild_the_model(full_warmup, base, tmp_path):
-    assert cli("uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "--max_steps", 4,
+    assert cli("uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "--max_steps", 4,
                "--full_warmup", full_warmup, "--out_dir", tmp_path) == 0
     assert bool([*tmp_path.glob("*/adapter.pt")]) == (not full_warmup), "a full-rank warm-up changes the base"
 
@@ -643,7 +644,7 @@ def test_adapters_are_saved_where_they_rebuild_the_model(full_warmup, base, tmp_
 
 
 def test_a_loss_that_is_not_finite_ends_a_run(base, tmp_path, capsys, monkeypatch):
-    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "full", "--max_steps", 8, "--eval_every", 2,
+    command = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "full", "--max_steps", 8, "--eval_every", 2,
                "--out_dir", tmp_path]
     forward, calls = GPT.forward, []
 
@@ -672,7 +673,7 @@ def test_a_run_that_diverges_in_its_last_step_is_a_failure(corpus, capsys):
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"),
                                    RuntimeError("PytorchStreamWriter failed writing file")], ids=["os", "torch"])
 def test_a_full_disk_leaves_the_last_checkpoint(fault, base, tmp_path, capsys, monkeypatch):
-    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "--max_steps", 8, "--eval_every", 2,
+    command = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "--max_steps", 8, "--eval_every", 2,
                "--out_dir", tmp_path]
     save = torch.save
 
@@ -771,10 +772,19 @@ SPOILT = {
 }
 
 
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """A finished run: its command but for the folder, and the folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = ["uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "--max_steps", 4, "--eval_every", 4]
+    assert cli(*command, "--out_dir", folder) == 0
+    return command, folder
+
+
 @pytest.mark.parametrize("name, spoil", [(name, spoil) for name, ways in SPOILT.items() for spoil in ways])
-def test_a_damaged_file_of_a_run_is_named_and_can_be_moved_away(name, spoil, base, tmp_path, capsys):
-    command = ["uuid", "--init", base, "--n_pairs", 4, "--methods", "lora", "--max_steps", 4, "--out_dir", tmp_path]
-    assert cli(*command) == 0
+def test_a_damaged_file_of_a_run_is_named_and_can_be_moved_away(name, spoil, finished, tmp_path, capsys):
+    command = [*finished[0], "--out_dir", tmp_path]
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
     folder = next(tmp_path.glob("uuid-*"))
     if name == "checkpoint.pt":
         (folder / "results.json").unlink()  # or the run would be done
@@ -893,21 +903,12 @@ def test_wrong_input_gets_one_clear_line(command, named, capsys, wrong_files, mo
     assert {path: path.read_bytes() for path in wrong_files.iterdir() if path.is_file()} == before
 
 
-def start(*argv, **environment):
-    """train.py as a process of its own."""
-    return subprocess.Popen([*TRAIN, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", **environment})
-
-
-def test_variables_that_are_not_torchruns_are_ignored(tmp_path):
-    process = start("uuid", "--max_steps", 0, "--out_dir", tmp_path / "out", RANK="1", WORLD_SIZE="two")
-    assert "--max_steps" in process.communicate(timeout=120)[1] and process.returncode == 2
-
-
-def test_a_closed_output_does_no_harm(base, tmp_path):
+def test_a_closed_output_and_variables_that_are_not_torchruns_do_no_harm(base, tmp_path):
     command = shlex.join(map(str, [*TRAIN, "uuid", "--init", base, "--methods", "lora", "--max_steps", 4,
-                                   "--n_pairs", 4, "--out_dir", tmp_path]))
-    assert subprocess.run(f"{command} >&-", shell=True).returncode == 0
+                                   *FOUR_PAIRS, "--out_dir", tmp_path]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": "1", "WORLD_SIZE": "two"}
+    assert subprocess.run(f"{command} >&-", shell=True, env=environment).returncode == 0
+    assert [*tmp_path.glob("uuid-*/results.json")], "as the first process, the only one that writes"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
