@@ -1,0 +1,99 @@
+"""Controls: updates within MoRA's budget that are not MoRA's, to find out what its lead is made of. This is train.py
+with more methods and operators, and their results are in RESULTS.md:
+
+    python tests/controls.py uuid --methods strided_sums scattered asylora_full --seed 0 1 2
+    python tests/controls.py c4 --methods mora remora --operator aligned --seed 0 1 2
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import mora
+
+
+class StridedSums(mora.Adapter):
+    """One trained matrix, as in MoRA, of a low rank, as in LoRA: D (d, s) behind fixed strided sums of the inputs, where
+    s = floor((k + d) r / d) (as MiSS, arXiv 2409.15371).
+    """
+
+    def __init__(self, linear, rank, dropout=0.0, **options):
+        super().__init__(linear, rank, dropout)
+        self.sums = mora.Sharing(self.in_features, self.out_features, (self.in_features + self.out_features) * rank
+                                 // self.out_features)
+        self.D = self.new_parameter(self.out_features, self.sums.size)
+
+    def update(self, x):
+        return F.linear(self.sums.compress(x), self.D.to(x.dtype))  # (..., k) -> (..., s) -> (..., d)
+
+    @torch.no_grad()
+    def reset(self, generator=None):
+        self.D.zero_()
+
+
+class Scattered(mora.Adapter):
+    """r̂² numbers, dealt at random to all entries of ΔW: full rank, and no structure (as MoSA and HashedNets,
+    arXiv 1504.04788).
+    """
+
+    def __init__(self, linear, rank, dropout=0.0, **options):
+        super().__init__(linear, rank, dropout)
+        self.values = self.new_parameter(self.size**2)
+        which = torch.randperm(self.in_features * self.out_features, device="cpu") % self.size**2
+        self.register_buffer("which", which.view(self.out_features, self.in_features).to(self.values.device))
+
+    def update(self, x):
+        return F.linear(x, self.values[self.which].to(x.dtype))
+
+    @torch.no_grad()
+    def reset(self, generator=None):
+        self.values.zero_()
+
+
+class AsyLoRAFull(mora.LoRALinear):
+    """AsyLoRA with the whole budget: B only, of rank floor((k + d) r / d), behind a random A."""
+
+    def __init__(self, linear, rank, **options):
+        features = linear.in_features + linear.out_features
+        super().__init__(linear, features * rank // linear.out_features, train_A=False, **options)
+
+
+class Aligned(mora.Sharing):
+    """Sharing in random groups that are the same at all inputs and outputs of a width, in all layers. A merge deals
+    them anew.
+    """
+
+    def __init__(self, in_features, out_features, size, groups=None, number=0):
+        self.number = number  # of several dealings
+        super().__init__(in_features, out_features, size, "random")
+
+    def assign(self, features, kind, generator):
+        seed = generator.initial_seed() if generator else torch.initial_seed()
+        generator = torch.Generator().manual_seed((seed + 1_000_003 * features + self.number) % 2**63)
+        return super().assign(features, kind, generator)
+
+
+class AlignedOverlap(mora.Overlap):
+    """Overlap of such sharings."""
+
+    def __init__(self, in_features, out_features, size, copies=4):
+        super().__init__(in_features, out_features, size, copies)
+        self.sharings = torch.nn.ModuleList(Aligned(in_features, out_features, size, number=i) for i in range(copies))
+
+
+mora.METHODS |= {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
+mora.OPERATORS |= {"aligned": Aligned, "aligned_overlap": AlignedOverlap}
+
+import train  # its options take what is in METHODS and OPERATORS by now
+
+# Peak rates, as in train.py, from sweeps
+train.LEARNING_RATES |= {"strided_sums": (5e-3, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4),
+                         "asylora_full": (2e-2, 3e-3, 2e-4), "aligned": (2e-2, 1e-2, 3e-4),
+                         "aligned_overlap": (2e-2, 1e-2, 3e-4)}
+
+if __name__ == "__main__":
+    train.main()
