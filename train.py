@@ -158,7 +158,7 @@ def make_optimizer(model, config):
         if config.method == "lora+" and name.endswith(".B"):
             rate *= config.lora_plus_ratio
         elif config.method != "full" and parameter not in in_adapters:
-            rate = rate if config.other_learning_rate is None else config.other_learning_rate
+            rate = config.other_learning_rate
         if parameter.requires_grad:
             groups.setdefault(rate, []).append(parameter)
     return torch.optim.AdamW([{"params": parameters, "peak": rate} for rate, parameters in groups.items()], lr=0.0,
@@ -359,7 +359,7 @@ class Config:
     batch_size: int = option(32, "sequences a step, in all processes together", most=1_000_000)
     accumulate: int = option(1, "micro-batches that a batch is split into, to save memory")
     learning_rate: float = option(None, "peak learning rate (default: LEARNING_RATES in train.py)", several=True)
-    other_learning_rate: float = option(None, "that of what is in no adapter (default: the adapters')")
+    other_learning_rate: float = option(3e-2, "that of what is in no adapter, where training starts from scratch")
     schedule: str = option("cosine", "of the learning rate", choices=["linear", "cosine", "constant"])
     warmup_steps: int = option(None, "steps of linear warm-up (default: a tenth of max_steps)", least=0)
     weight_decay: float = option(0.0, "AdamW's weight decay")

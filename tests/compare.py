@@ -3,6 +3,9 @@
     python tests/compare.py out/uuid-*                              the tables
     python tests/compare.py out/uuid-* --curves curves.png          accuracy, or loss, by step
     python tests/compare.py out/c4-* --spectra spectra.png          singular values of the updates, by kind of layer
+    python tests/compare.py out/uuid-* --keep results.csv           a row for each run, with the command that makes it
+    python tests/compare.py results.csv --where task=uuid pairs=32  kept runs instead of folders, some of them
+    python tests/compare.py results.csv --where rank=1 --bits bits.png       bits held over bits asked
 
 Pictures need matplotlib.
 """
@@ -10,6 +13,7 @@ Pictures need matplotlib.
 import argparse
 import collections
 import copy
+import csv
 import json
 import math
 import re
@@ -21,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import mora
 import train
 from model import load_file
 
@@ -29,10 +34,12 @@ from model import load_file
 
 
 def by_setting(results):
-    """The results of each setting and learning rate, one per seed."""
+    """{(setting, learning rate): results, one per seed}, where each of the two has all that a run's name leaves out."""
     groups = collections.defaultdict(list)
     for result in results:
-        groups[result["label"], result["config"]["learning_rate"]].append(result)
+        config = result["config"]
+        setting = result["label"], config.get("n_pairs"), config.get("max_steps")
+        groups[setting, (config["learning_rate"], config.get("other_learning_rate"))].append(result)
     return groups
 
 
@@ -45,10 +52,12 @@ def over_seeds(figures):
 
 def results_table(results):
     """One row for all seeds of a setting at a rate."""
-    rows = []
+    rows, several = [], {name for name in ("n_pairs", "max_steps", "other_learning_rate")
+                         if len({result["config"].get(name) for result in results}) > 1}
     for group in by_setting(results).values():
         figures = [train.columns(result) for result in group]
         cells = {name: over_seeds([some[name] for some in figures if name in some]) for name in figures[0]}
+        cells |= {name.replace("_", " "): str(group[0]["config"].get(name, "-")) for name in sorted(several)}
         rows.append(train.table_row(group[0], **cells, seeds=str(len(group))))
     return train.markdown(rows)
 
@@ -66,8 +75,8 @@ def at_best_rate(results):  # exercise 23
     goes to the rate that comes first.
     """
     settings = collections.defaultdict(dict)
-    for (label, rate), group in by_setting(results).items():
-        settings[label][rate] = group
+    for (setting, rate), group in by_setting(results).items():
+        settings[setting][rate] = group
     best = []
     for rates in settings.values():
         seeds = {result["seed"] for group in rates.values() for result in group}
@@ -160,6 +169,23 @@ def draw_curves(results, path):
     draw(panels, path, xlabel="step", ylabel=ylabel)
 
 
+def draw_bits(results, path):
+    """The bits of values that a model holds over those it was asked to, both per trainable parameter."""
+    lines = collections.defaultdict(dict)
+    for result in results:
+        asked, held = 122 * result["config"]["n_pairs"], result["metrics"]["bits"]
+        lines[result["label"]].setdefault(asked, []).append((asked / result["trainable_parameters"],
+                                                             held / result["trainable_parameters"]))
+    panel = {}
+    for label, points in lines.items():
+        x, values = zip(*((some[0][0], [held for _, held in some]) for _, some in sorted(points.items())))
+        error = [statistics.stdev(some) if len(some) > 1 else 0 for some in values]
+        panel[label] = x, [*map(statistics.mean, values)], error
+        print(f"bits held of those asked, per parameter, {label}: " + ", ".join(
+            f"{statistics.mean(some):.2f} of {asked:.2f}" for asked, some in zip(x, values)))
+    draw({"bits per parameter": panel}, path, xlabel="asked", ylabel="held")
+
+
 def draw_spectra(spectra, path):
     """The singular values of every run's update: a panel for each kind of layer."""
     panels = collections.defaultdict(dict)
@@ -169,38 +195,105 @@ def draw_spectra(spectra, path):
     draw(panels, path, xlabel="index", ylabel="singular value of ΔW", yscale="log", ylim=(1e-4, None))
 
 
-def load(folder):
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs, from folders or from a table of kept ones
+
+
+KEPT = {"label": str, "method": str, "rank": int, "size": str, "seed": int, "adapter_parameters": int,
+        "trainable_parameters": int, "update_rank": float, "seconds": float, "torch": str, "device": str,
+        "command": str, "rows": json.loads}  # the last of which has the metrics
+KEPT_SETTINGS = {"task": str, "n_pairs": int, "max_steps": int, "learning_rate": float, "other_learning_rate": float}
+
+
+def command(config):
+    """What makes a run again: its options, but for those that have their defaults, and for where it was."""
+    of_the_machine = {"task", "inputs", "out_dir", "cache_dir", "c4_url", "device", "dtype", "compile", "resume"}
+    options = {train.FLAGS.get(name, name): value for name, value in config.items() if name not in of_the_machine}
+    task = [config["task"], *["--data", "some"] * (config["task"] in ("text", "pairs"))]
+    sizes = [("--max_steps", config["max_steps"]), *[("--n_pairs", config["n_pairs"])] * (config["task"] == "uuid")]
+    default = vars(train.parse_args(task + [str(word) for size in sizes for word in size]))  # other defaults follow
+    default |= {name[2:]: vars(train.parse_args(task))[name[2:]] for name, _ in sizes}
+    script, words = "train.py", []
+    for name, value in options.items():
+        if name in default and (name == "methods" or value not in (None, False, default[name])):
+            words.append(f"--{name}" + f" {value}" * (value is not True))
+        if name in ("methods", "operator") and value not in (None, *train.METHODS, *mora.OPERATORS):
+            script = "tests/controls.py"
+    return " ".join(["python", script, config["task"], *words])
+
+
+def keep(results, path):
+    """Write the runs to a table, which has a row for each command. Those that are there already are replaced."""
+    kept = {row["command"]: row for row in read_table(path)} if path.exists() else {}
+    for result in results:
+        rows = [{column: value if column == "step" else float(f"{value:.5g}") for column, value in row.items()
+                 if column not in ("learning_rate", "tokens_per_second")} for row in result["rows"]]
+        row = {name: result["config"].get(name) for name in KEPT_SETTINGS} | {name: result.get(name) for name in KEPT}
+        row["n_pairs"] = row["n_pairs"] if row["task"] == "uuid" else None
+        row |= {"seconds": round(row["seconds"]), "rows": json.dumps(rows, separators=(",", ":")),
+                "command": row["command"] or command(result["config"])}
+        kept[row["command"]] = row
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*KEPT_SETTINGS, *KEPT])
+        writer.writeheader()
+        writer.writerows(kept[name] for name in sorted(kept))
+
+
+def read_table(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return [*csv.DictReader(file)]
+
+
+def load(path, where=()):
+    """The finished run of a folder, or those of a table with these values; each as results.json has it."""
+    if path.suffix == ".csv":
+        rows = [row for row in read_table(path) if all(row[name] == value for name, value in where)]
+        read = lambda row, kinds: {name: kind(row[name]) if row[name] else None for name, kind in kinds.items()}
+        results = [read(row, KEPT) | {"config": read(row, KEPT_SETTINGS)} for row in rows]
+        return [result | {"metrics": result["rows"][-1]} for result in results]
     try:
-        return json.loads((folder / "results.json").read_text(encoding="utf-8")) | {"folder": folder}
+        return [json.loads((path / "results.json").read_text(encoding="utf-8")) | {"folder": path}]
     except OSError:
-        return None
+        return []
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'results.json'} is damaged ({error})") from error
+        raise ValueError(f"{path / 'results.json'} is damaged ({error})") from error
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of one task's runs; unfinished ones are left out")
-    parser.add_argument("--curves", type=Path, metavar="PNG")
-    parser.add_argument("--spectra", type=Path, metavar="PNG")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of one task's runs, of which unfinished ones are "
+                        "left out, or tables that --keep wrote")
+    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="of a table's rows, only these")
+    parser.add_argument("--keep", type=Path, metavar="CSV", help="put the runs into this table, or back into it")
+    for name in ("curves", "spectra", "bits"):
+        parser.add_argument(f"--{name}", type=Path, metavar="PNG")
     args = parser.parse_args(argv)
     try:
         compare(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except (KeyError, TypeError) as error:
-        parser.error(f"a results.json is damaged ({error!r})")
+        parser.error(f"a results.json or a table is damaged, or lacks a column ({error!r})")
 
 
 def compare(args):
-    results = [result for result in map(load, args.runs) if result]
+    if wrong := [each for each in args.where if "=" not in each]:
+        raise ValueError(f"--where {wrong[0]} is not COLUMN=VALUE")
+    results = [result for path in args.runs for result in load(path, [each.split("=", 1) for each in args.where])]
     if not results:
         raise ValueError(f"{args.runs[0]} is not the folder of a finished run: it has no results.json")
-    runs = collections.Counter((one["label"], one["config"]["learning_rate"], one["seed"]) for one in results)
-    if max(runs.values()) > 1:
-        raise ValueError("{} at rate {}, seed {}, is there more than once".format(*runs.most_common(1)[0][0]))
+    for group in by_setting(results).values():
+        seeds = [result["seed"] for result in group]
+        if len({*seeds}) < len(seeds):
+            raise ValueError(f"{group[0]['label']} at rate {group[0]['config']['learning_rate']}, seed "
+                             f"{max(seeds, key=seeds.count)}, is there more than once")
+    if len({result["config"].get("task") for result in results}) > 1:
+        raise ValueError("these are runs of several tasks: --where task=... takes those of one")
+    if args.keep:
+        keep(results, args.keep)
     best = at_best_rate(results)
-    best.sort(key=lambda result: (result["rank"] or 0, train.METHODS.index(result["method"]), result["label"]))
+    order = {method: i for i, method in enumerate(train.METHODS)}  # those of controls.py come last
+    best.sort(key=lambda result: (result["rank"] or 0, order.get(result["method"], 99), result["label"]))
     if not best:
         raise ValueError("no setting has a learning rate at which all of its seeds ended well")
     if len(best) < len(results):
@@ -208,6 +301,8 @@ def compare(args):
     print(results_table(best))
     if args.curves:
         draw_curves(best, args.curves)
+    if args.bits:
+        draw_bits(best, args.bits)
     if args.spectra:
         first = [group[0] for group in by_setting(best).values()]
         spectra = {result["label"]: update_spectra(result["folder"]) for result in first}

@@ -129,13 +129,12 @@ def test_lora_plus_gives_b_its_own_rate():
     assert rates == [(1.0, [(2, 4)]), (16.0, [(6, 2)])]
 
 
-def test_what_is_in_no_adapter_may_have_a_rate_of_its_own():
+def test_what_is_in_no_adapter_has_a_rate_of_its_own():
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 2))
     model = mora.add_adapters(model, "lora", 2)
     model[1].requires_grad_(True)
-    for other, expected in ((None, {1.0: 6}), (0.25, {1.0: 4, 0.25: 2})):
-        groups = train.make_optimizer(model, config(other_learning_rate=other)).param_groups
-        assert {group["peak"]: len(group["params"]) for group in groups} == expected
+    groups = train.make_optimizer(model, config(other_learning_rate=0.25)).param_groups
+    assert {group["peak"]: len(group["params"]) for group in groups} == {1.0: 4, 0.25: 2}
     groups = train.make_optimizer(model, config(other_learning_rate=0.25, method="full")).param_groups
     assert [group["peak"] for group in groups] == [1.0], "in full training there is one rate"
 
@@ -294,6 +293,19 @@ def test_compare_gives_means_over_seeds_and_draws_if_it_can(base, tmp_path, caps
     mean = f"{sum(accuracies) / 2:.1f} ± {abs(accuracies[0] - accuracies[1]) / math.sqrt(2):.1f}"
     assert row["step 4"] == mean and row["seeds"] == "2"
     assert "| mora rotation r4 | attn.c_attn | 64.0 |" in re.sub(" +", " ", said), "rank of ΔW by kind of layer"
+    compare.main([*map(str, tmp_path.glob("uuid-*")), "--keep", str(tmp_path / "kept.csv")])
+    capsys.readouterr()
+    compare.main([str(tmp_path / "kept.csv"), "--where", "rank=2", "--keep", str(tmp_path / "kept.csv")])
+    kept, = table(capsys.readouterr().out, "lora r2")
+    assert {**row, "seconds": 0} == {**kept, "seconds": 0}
+    with open(tmp_path / "kept.csv", newline="") as file:
+        commands = [run["command"] for run in csv.DictReader(file)]
+    assert len(commands) == 8, "a table keeps the rows that are not asked for"
+    config, = train.runs(train.parse_args(commands[-1].split()[2:]))  # what makes that run again
+    folder, = tmp_path.glob(f"uuid-{train.label(config).replace(' ', '-')}-lr{config.learning_rate}-seed{config.seed}")
+    saved = json.loads((folder / "results.json").read_text())["config"]
+    machine = ("out_dir", "device", "dtype", "compile")
+    assert {**vars(config), **dict.fromkeys(machine)} == {**saved, **dict.fromkeys(machine)}
     missing = said.count("matplotlib is not installed")
     assert said.count("drawn: ") == sum(path.exists() for path in pictures) == 2 - missing
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures if path.exists())
