@@ -154,11 +154,10 @@ def make_optimizer(model, config):
                    for parameter in module.parameters()}
     groups = {}
     for name, parameter in model.named_parameters():
-        rate = config.learning_rate
+        is_main = config.method == "full" or parameter in in_adapters
+        rate = config.learning_rate if is_main else config.other_learning_rate
         if config.method == "lora+" and name.endswith(".B"):
             rate *= config.lora_plus_ratio
-        elif config.method != "full" and parameter not in in_adapters:
-            rate = config.other_learning_rate
         if parameter.requires_grad:
             groups.setdefault(rate, []).append(parameter)
     return torch.optim.AdamW([{"params": parameters, "peak": rate} for rate, parameters in groups.items()], lr=0.0,
@@ -383,11 +382,16 @@ TASKS = {
 }
 
 
+def check(right, message):
+    if not right:
+        raise ValueError(message)
+
+
 def parse_args(argv=()):
-    """The settings, with lists where an option takes several values. Wrong ones end the program with exit status 2."""
+    """The settings, with lists where an option takes several values. ValueError for wrong ones."""
     task = argv[0] if argv and argv[0] in TASKS else "uuid"
     parser = argparse.ArgumentParser(usage=f"train.py [{' | '.join(TASKS)}] [options]", description=f"The task {task}.")
-    parser.error = lambda message: parser.exit(2, f"train.py: error: {message} (train.py TASK -h has all options)\n")
+    parser.error = lambda message: check(False, f"{message} (train.py TASK -h has all options)")
     parser.add_argument("task", nargs="?", default="uuid", choices=TASKS, help="uuid: memorize pairs of random UUIDs; "
                         "c4: pretrain on C4; text: on --data; pairs: learn the completions of --data's prompts")
     for field in dataclasses.fields(Config):
@@ -407,18 +411,12 @@ def parse_args(argv=()):
         elif f"--{field.name}" in argv:
             parser.error(f"--{field.name} means nothing to the task {task}: it is for {' and '.join(how['tasks'])}")
     args = parser.parse_args(argv)
-    try:
-        check_settings(args, task)
-    except ValueError as error:
-        parser.error(str(error))
+    check_settings(args, task)
     return args
 
 
 def check_settings(args, task):
     """Fill in what follows from other settings. ValueError for what is wrong, or wrong together."""
-    def check(right, message):
-        if not right:
-            raise ValueError(message)
     for field in dataclasses.fields(Config):
         name = FLAGS.get(field.name, field.name)
         values = getattr(args, name, None)
@@ -444,10 +442,11 @@ def check_settings(args, task):
     check(task not in ("text", "pairs") or args.data, f"the task {task} needs --data FILE")
     check((args.block_size or 72) >= 72 or task != "uuid" and args.init != "demo",
           f"--block_size {args.block_size} is too short: a pair of UUIDs takes 72 tokens")
-    operators = args.operator or ["sharing" if "remora" in args.methods else "rotation"]
+    names = args.operator or ["sharing" if "remora" in args.methods else "rotation"]
+    names = names if {"mora", "remora"} & {*args.methods} else args.methods
     for name, kind in {"fold": mora.Decoupling, "groups": mora.Sharing}.items():
-        check(not getattr(args, name) or all(issubclass(mora.OPERATORS[each], kind) for each in operators),
-              f"--{name} means nothing to the operator {' or '.join(operators)}")
+        check(not getattr(args, name) or all(issubclass(mora.OPERATORS.get(each, object), kind) for each in names),
+              f"--{name} means nothing to {' or '.join(names)}")
     files = [file for name in ("data", "val_data", "old_data") for file in getattr(args, name, None) or ()]
     args.inputs = data.fingerprint(files + [args.init] * os.path.isfile(args.init))
 
@@ -693,7 +692,7 @@ def check_start(model, start, dataset, config):
     few = slice(math.ceil(1000 / idx.shape[1]))  # since logits take much memory
     logits, start_logits = (network.eval()(idx[few], targets[few])[0] for network in (model, start))
     difference = (logits - start_logits).abs().max().item()
-    if not difference <= 1e-4 * start_logits.abs().max():
+    if difference > 1e-4 * start_logits.abs().max():  # not so if both overflow, which `evaluate` will notice
         raise RuntimeError(f"an adapted model must start as its base, but its logits differ by {difference:g}")
     with autocast(config):
         metrics = evaluate(model, dataset)
@@ -775,6 +774,7 @@ def run_all(argv):
 def main(argv=None):
     """Run the command line and end with status 0, 2 for wrong input, 130 if stopped."""
     try:
+        on_signals(signal.default_int_handler)
         status = run_all(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as interrupt:
         print(f"\ntrain.py: {str(interrupt) or 'stopped: --resume continues from what is saved'}", file=sys.stderr)

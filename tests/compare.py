@@ -16,6 +16,7 @@ import copy
 import csv
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -25,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import data
 import mora
 import train
 from model import load_file
@@ -99,6 +101,9 @@ def update_spectra(folder):
     """
     state = load_file(folder / "checkpoint.pt")
     config = train.Config(**state["config"] | {"device": "cpu"})
+    files = [file for name in ("data", "val_data", "old_data") for file in getattr(config, name) or ()]
+    if os.path.isfile(config.init) and config.inputs != data.fingerprint([*files, config.init]):
+        raise ValueError(f"{folder}: the files that this run read have changed since, among them perhaps its base")
     base, _ = train.load_base(config)
     model = train.adapt(copy.deepcopy(base), config)
     model.load_state_dict(state["model"])

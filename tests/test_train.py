@@ -276,7 +276,7 @@ def table(text, method):
     return rows
 
 
-def test_compare_gives_means_over_seeds_and_draws_if_it_can(base, tmp_path, capsys):
+def test_compare_gives_means_over_seeds_and_draws_if_it_can(base, tmp_path, capsys, monkeypatch):
     assert cli("uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "mora", "--rank", 2, 4, "--seed", 0, 1,
                "--max_steps", 4, "--out_dir", tmp_path) == 0
     runs = table(capsys.readouterr().out, "lora r2")
@@ -288,11 +288,16 @@ def test_compare_gives_means_over_seeds_and_draws_if_it_can(base, tmp_path, caps
     compare.main([*map(str, tmp_path.glob("uuid-*")), "--curves", str(pictures[0]), "--spectra", str(pictures[1])])
     said = capsys.readouterr().out
     row, = table(said, "lora r2")
+    folder = next(tmp_path.glob("uuid-*"))
     accuracies = [100 * json.loads((path / "results.json").read_text())["metrics"]["char_accuracy"]
                   for path in sorted(tmp_path.glob("uuid-lora-r2-*"))]
     mean = f"{sum(accuracies) / 2:.1f} ± {abs(accuracies[0] - accuracies[1]) / math.sqrt(2):.1f}"
     assert row["step 4"] == mean and row["seeds"] == "2"
     assert "| mora rotation r4 | attn.c_attn | 64.0 |" in re.sub(" +", " ", said), "rank of ΔW by kind of layer"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.setattr(data, "fingerprint", lambda files: "another")
+        compare.main([str(folder), "--spectra", str(tmp_path / "none.png")])
+    assert "have changed" in capsys.readouterr().err and not (tmp_path / "none.png").exists()
     compare.main([*map(str, tmp_path.glob("uuid-*")), "--keep", str(tmp_path / "kept.csv")])
     capsys.readouterr()
     compare.main([str(tmp_path / "kept.csv"), "--where", "rank=2", "--keep", str(tmp_path / "kept.csv")])
@@ -839,7 +844,7 @@ WRONG = {
     "--full_warmup 9 --max_steps 9": "--full_warmup", "--n_embd 30 --n_head 4": "30", "--n_head 3": "128",
     "--block_size 40": "72 tokens", "text --data text.jsonl --init demo --block_size 40": "72 tokens",
     "--tokenizer gpt2": "--tokenizer", "--init gpt2 --n_layer 3": "--n_layer", "--fold --operator sharing": "--fold",
-    "--groups random --operator rotation": "--groups",
+    "--groups random --operator rotation": "--groups", "--groups random --methods lora": "lora",
     "--merge_every 2 --restart_warmup 2 --methods remora": "--restart_warmup",
     "--data text.jsonl": "--data", "--old_data text.jsonl": "--old_data", "--shards 3": "--shards",
     "c4 --n_pairs 4": "--n_pairs", "c4 --data text.jsonl": "--data",
@@ -915,6 +920,20 @@ def test_wrong_input_gets_one_clear_line(command, named, capsys, wrong_files, mo
     assert {path: path.read_bytes() for path in wrong_files.iterdir() if path.is_file()} == before
 
 
+def test_weights_that_overflow_are_named_before_training(tmp_path, capsys):
+    model = GPT(GPTConfig(**PRESETS["demo"]))
+    model.ln_f.weight.data.fill_(1e38)
+    model.export(tmp_path / "large.pt")
+    assert cli("uuid", "--init", tmp_path / "large.pt", "--methods", "mora", "--out_dir", tmp_path) == 2
+    out, error = capsys.readouterr()
+    assert "not finite" in error and error.count("\n") == 1 and "\nstep" not in out
+
+
+def test_of_several_processes_the_first_names_a_wrong_option(monkeypatch, capsys):
+    monkeypatch.setattr(train, "RANK", 1)
+    assert cli("--rank", 0) == cli("--rank", "two") == 2 and not capsys.readouterr().err
+
+
 def test_a_closed_output_and_variables_that_are_not_torchruns_do_no_harm(base, tmp_path):
     command = shlex.join(map(str, [*TRAIN, "uuid", "--init", base, "--methods", "lora", "--max_steps", 4,
                                    *FOUR_PAIRS, "--out_dir", tmp_path]))
@@ -929,15 +948,17 @@ def test_a_closed_output_and_variables_that_are_not_torchruns_do_no_harm(base, t
 
 @pytest.mark.parametrize("stage", ["train.load_base", "data.tokenize", "train.check_start", "train.evaluate",
                                    "train.update_rank", "os.replace", "torch.save", "train.columns", "train.markdown"])
-def test_ctrl_c_is_kind_at_every_stage(stage, corpus, capsys, monkeypatch):
+def test_a_signal_is_kind_at_every_stage(stage, corpus, capsys, monkeypatch):
+    number = signal.SIGTERM if stage == "data.tokenize" else signal.SIGINT
+    signal.signal(number, signal.SIG_IGN)  # main sets it
     command = ["text", *SMALL, "--data", corpus / "text.jsonl", "--methods", "mora", "--out_dir", corpus / "out",
                "--cache_dir", corpus / "cache"]
 
     def interrupted(*args, **more):
         if stage == "torch.save":
             args[1].write(b"half a file")
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # the first one only asks the training to stop after its step
+        signal.raise_signal(number)
+        signal.raise_signal(number)  # the first one only asks the training to stop after its step
 
     module, name = stage.split(".")
     with monkeypatch.context() as patch:
