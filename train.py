@@ -299,7 +299,7 @@ def format_metrics(metrics):
 
 
 # ==== A learner may stop here: this was the method. The rest is for whoever runs it ===================================
-METHODS, GROUPS = ("full", *mora.METHODS), ("strided", "contiguous", "random", "cycle")
+METHODS, GROUPS = ["full", *mora.METHODS], ("strided", "contiguous", "random", "cycle")
 FLAGS = {"method": "methods"}  # options that are called otherwise than their settings
 # Peak learning rates for --init demo at r = 2, for scratch at r = 4, from sweeps here, and for given weights at r = 8,
 # within what the paper searched for 7B. Adapters' fall as 1 / sqrt(r), as sweeps show; a new operator has rotation's.

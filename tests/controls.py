@@ -14,6 +14,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import mora
+import train
 
 
 class StridedSums(mora.Adapter):
@@ -85,15 +86,20 @@ class AlignedOverlap(mora.Overlap):
         self.sharings = torch.nn.ModuleList(Aligned(in_features, out_features, size, number=i) for i in range(copies))
 
 
-mora.METHODS |= {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
-mora.OPERATORS |= {"aligned": Aligned, "aligned_overlap": AlignedOverlap}
+METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
+OPERATORS = {"aligned": Aligned, "aligned_overlap": AlignedOverlap}
+LEARNING_RATES = {"strided_sums": (5e-3, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4), "asylora_full": (2e-2, 3e-3, 2e-4),
+                  "aligned": (2e-2, 1e-2, 3e-4), "aligned_overlap": (2e-2, 1e-2, 3e-4)}  # as in train.py
 
-import train  # its options take what is in METHODS and OPERATORS by now
 
-# Peak rates, as in train.py, from sweeps
-train.LEARNING_RATES |= {"strided_sums": (5e-3, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4),
-                         "asylora_full": (2e-2, 3e-3, 2e-4), "aligned": (2e-2, 1e-2, 3e-4),
-                         "aligned_overlap": (2e-2, 1e-2, 3e-4)}
+def add():
+    """Make them known to mora.py and to the options of train.py."""
+    mora.METHODS |= METHODS
+    mora.OPERATORS |= OPERATORS
+    train.METHODS += METHODS
+    train.LEARNING_RATES |= LEARNING_RATES
+
 
 if __name__ == "__main__":
+    add()
     train.main()

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import controls
 import data
+import mora
 import train
 from model import GPT, PRESETS, GPTConfig
 
@@ -21,11 +23,23 @@ ROOT = Path(__file__).parent.parent
 README, RESULTS, EXERCISES = (re.sub(r"\\\n *", "", (ROOT / name).read_text(encoding="utf-8"))  # commands in one line
                               for name in ("README.md", "tests/RESULTS.md", "tests/EXERCISES.md"))
 PROSE = re.sub(r"```text.*?```", "", README + RESULTS, flags=re.S)  # without what the programs print
-COMMAND = r"(?:python|torchrun[^\n`]*?) train\.py((?: ?[^\s`#|&]+)*)"  # up to what is said about it; its options
+COMMAND = r"(?:python|torchrun[^\n`]*?) (?:train|tests/controls)\.py((?: ?[^\s`#|&]+)*)"  # up to what is said about it; its options
 COMMANDS = [options for options in sorted(set(re.findall(COMMAND, README + RESULTS + EXERCISES)))
             if not options.endswith(("-h", "...", "--no-fast"))]
 TABLE = r"((?:^\|[^\n]*\n)+)\s*(?:```bash\n(.*?)```)?"  # and the commands below it
 TABLES = [table for table in re.findall(TABLE, PROSE, re.M | re.S) if table[0].startswith("| method ")]
+
+
+@pytest.fixture(autouse=True)
+def controls_are_known():
+    known, methods = (mora.METHODS, mora.OPERATORS, train.LEARNING_RATES), [*train.METHODS]
+    before = [dict(each) for each in known]
+    controls.add()
+    yield
+    train.METHODS[:] = methods
+    for each, content in zip(known, before):
+        each.clear()
+        each.update(content)
 
 
 def test_there_are_commands_and_tables():
