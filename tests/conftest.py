@@ -3,10 +3,11 @@
 import os
 import tempfile
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: all is small, and threads would wait for each other
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mora-tests-")  # before train.py reads it
+
 import pytest
 import torch
-
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mora-tests-")  # before train.py reads it
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,8 @@ import measure
 import mora
 import train
 from mora import DoRALinear, LoRALinear, MoRALinear
-from test_linear_maps import (Dense, assert_close, build, check_draws, generator, gradients, in_place, one_thread,
-                              operator, outer, randn, randomise)
+from test_linear_maps import (Dense, assert_close, build, check_draws, generator, gradients, in_place, operator,
+                              outer, randn, randomise)
 
 
 # ---- LoRA, and what every adapter does -------------------------------------------------------------------------------

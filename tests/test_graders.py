@@ -18,7 +18,6 @@ import torch
 import exercise
 import grading
 from grading import FILES, ROOT
-from test_linear_maps import one_thread
 
 EXERCISES = (ROOT / "tests" / "EXERCISES.md").read_text(encoding="utf-8")
 PROJECT = exercise.Project(ROOT)

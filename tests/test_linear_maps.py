@@ -27,15 +27,6 @@ SHAPES = [(6, 12, 2), (12, 6, 2), (13, 20, 4), (20, 13, 6), (9, 5, 4), (5, 3, 1)
           (3, 11, 2), (7, 8, 3)]  # k, d, r̂
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """All is small here, and threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randn(*shape):
     return torch.randn(shape, dtype=torch.float64)
 

@@ -432,7 +432,7 @@ def test_a_broken_run_resumes_bit_for_bit(options, base, tmp_path, monkeypatch):
 def start(*argv, **environment):
     """train.py as a process of its own."""
     return subprocess.Popen([*TRAIN, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), **environment})
+                            env=os.environ | environment)
 
 
 def wait_for(process, beginning):
@@ -464,8 +464,7 @@ def test_a_run_is_left_alone_by_others_and_stops_as_a_whole(base, tmp_path, caps
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environment = dict(OMP_NUM_THREADS="1", TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2", MASTER_ADDR="localhost",
-                       MASTER_PORT=port)
+    environment = dict(TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
     command = ["uuid", "--init", base, "--methods", "mora", "--n_pairs", 8, "--device", "cpu", "--out_dir", tmp_path]
     both = [start(*command, "--max_steps", 5000, "--eval_every", 5, RANK=rank, **environment) for rank in "01"]
     wait_for(both[0], "step    5/5000")
@@ -937,7 +936,7 @@ def test_of_several_processes_the_first_names_a_wrong_option(monkeypatch, capsys
 def test_a_closed_output_and_variables_that_are_not_torchruns_do_no_harm(base, tmp_path):
     command = shlex.join(map(str, [*TRAIN, "uuid", "--init", base, "--methods", "lora", "--max_steps", 4,
                                    *FOUR_PAIRS, "--out_dir", tmp_path]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": "1", "WORLD_SIZE": "two"}
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "two"}
     assert subprocess.run(f"{command} >&-", shell=True, env=environment).returncode == 0
     assert [*tmp_path.glob("uuid-*/results.json")], "as the first process, the only one that writes"
 
@@ -1007,8 +1006,7 @@ def test_two_processes_train_as_one(base, tmp_path):
                "--grad_clip", "0", "--device", "cpu"]
     assert cli(*command, "--out_dir", tmp_path / "one") == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAIN[1]]
-    subprocess.run([*torchrun, *command, "--out_dir", tmp_path / "two"], check=True, capture_output=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run([*torchrun, *command, "--out_dir", tmp_path / "two"], check=True, capture_output=True)
     for run in ("relora", "remora"):
         one, two = (next((tmp_path / name).glob(f"uuid-{run}*")) for name in ("one", "two"))
         for a, b in zip(rows(one), rows(two), strict=True):
