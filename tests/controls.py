@@ -78,6 +78,13 @@ class Aligned(mora.Sharing):
         return super().assign(features, kind, generator)
 
 
+class ContiguousStrided(mora.Sharing):
+    """The third pair of ReMoRA's cycle, and nothing else: contiguous groups of inputs, strided groups of outputs."""
+
+    def __init__(self, in_features, out_features, size, groups=None):
+        super().__init__(in_features, out_features, size, ("contiguous", "strided"))
+
+
 class AlignedOverlap(mora.Overlap):
     """Overlap of such sharings."""
 
@@ -87,9 +94,10 @@ class AlignedOverlap(mora.Overlap):
 
 
 METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
-OPERATORS = {"aligned": Aligned, "aligned_overlap": AlignedOverlap}
+OPERATORS = {"aligned": Aligned, "aligned_overlap": AlignedOverlap, "contiguous_strided": ContiguousStrided}
 LEARNING_RATES = {"strided_sums": (5e-3, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4), "asylora_full": (2e-2, 3e-3, 2e-4),
-                  "aligned": (2e-2, 1e-2, 3e-4), "aligned_overlap": (2e-2, 1e-2, 3e-4)}  # as in train.py
+                  "aligned": (2e-2, 1e-2, 3e-4), "aligned_overlap": (2e-2, 1e-2, 3e-4),
+                  "contiguous_strided": (1e-2, 1e-2, 3e-4)}  # as in train.py
 
 
 def add():

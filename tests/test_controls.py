@@ -45,7 +45,14 @@ def test_strided_sums_is_of_low_rank_and_scattered_is_not():
     assert len(values) == 16**2 and counts.eq(16).all(), "each of r̂² numbers as often"
 
 
-@pytest.mark.parametrize("name", controls.OPERATORS)
+def test_contiguous_strided_is_a_pair_of_the_cycle():
+    operator, cycle = controls.ContiguousStrided(24, 36, 8), mora.Sharing(24, 36, 8, "cycle")
+    for _ in range(2):
+        cycle.regroup()
+    assert torch.equal(operator.in_group, cycle.in_group) and torch.equal(operator.out_group, cycle.out_group)
+
+
+@pytest.mark.parametrize("name", ["aligned", "aligned_overlap"])
 def test_aligned_groups_are_those_of_all_layers_until_a_merge(name):
     def groups(operator):
         operators = operator.sharings if name == "aligned_overlap" else [operator]
