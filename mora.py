@@ -198,8 +198,8 @@ class Adapter(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, dropout: float = 0.0):
         super().__init__()
-        if type(linear) is not nn.Linear:  # subclasses may bypass forward, as the one in nn.MultiheadAttention does
-            raise ValueError(f"an adapter wraps an nn.Linear, not {type(linear).__name__}")
+        if type(linear) is not nn.Linear or linear.weight.is_complex():  # subclasses may bypass forward
+            raise ValueError(f"an adapter wraps an nn.Linear of real numbers, not {linear}")
         self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
         self.size = square_size(linear.in_features, linear.out_features, rank)  # r̂; it refuses a wrong rank
         self.dropout = nn.Dropout(dropout)
@@ -397,8 +397,7 @@ def find_targets(model, targets):
             raise ValueError(f"{target!r} shares its weight with another module: merging would change both")
         chosen |= found
     if not chosen:
-        names = ", ".join(untied) or "none"
-        raise ValueError(f"no nn.Linear layer to adapt, and a tied output head is none; there are: {names}")
+        raise ValueError("no nn.Linear layer to adapt, a tied output head is none; there are: " + ", ".join(untied))
     for name, layer in chosen.items():
         if "weight" not in layer._parameters:  # each forward computes it anew, which would undo a merge
             raise ValueError(f"the weight of {name} is computed, as by weight_norm or pruning: remove that first")
@@ -456,11 +455,12 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module
     """
     def describe(tensor):
         text = bytes(tensor.tolist()).decode(errors="replace") if tensor.dtype == torch.uint8 else tuple(tensor.shape)
-        return f"float {text}" if tensor.is_floating_point() else str(text)
+        return f"{'float' if tensor.is_floating_point() else tensor.dtype} {text}".removeprefix("torch.uint8 ")
 
     expected = adapter_state_dict(model)
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError("the state is not a dict of tensors, as adapter_state_dict makes it")
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) and not tensor.is_meta
+                                              and tensor.layout == torch.strided for tensor in state.values()):
+        raise ValueError("the state is not a dict of dense tensors, as adapter_state_dict makes it")
     for key in sorted(expected.keys() | state.keys(), key=lambda key: ("description" not in key, key)):
         ours, saved = (describe(tensors[key]) if key in tensors else "absent" for tensors in (expected, state))
         if ours != saved:
@@ -476,25 +476,24 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module
 
 def fast_forward(layer, x):
     """(W0 + ΔW) x + bias as one matrix product, at close to the frozen layer's cost; as Adapter.forward has it where
-    tokens are too few to build ΔW for, dropout gives W0 and ΔW different x, or the frozen layer is no plain one.
+    tokens are too few to build ΔW for, dropout gives W0 and ΔW different x, or a part is not what it was.
     """
-    linear, k, d = layer.linear, layer.in_features, layer.out_features
-    side = layer.operator.rows * layer.size if is_decoupling(layer.operator) else k  # building ΔW costs about side²
-    few = 2 * x.numel() < k * min(k, d) or 4 * x.numel() < side**2
-    dropped = layer.dropout.training and layer.dropout.p > 0
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    special = any(hooks) or "forward" in vars(linear) or any(p.requires_grad for p in linear.parameters())
-    if not layer.fast or few or dropped or special:
+    linear, operator, k = layer.linear, layer.operator, layer.in_features
+    side = operator.rows * layer.size if is_decoupling(operator) else k  # building ΔW costs about side²
+    few = 2 * x.numel() < k * min(k, layer.out_features) or 4 * x.numel() < side**2
+    changes = [value for part in (linear, layer.dropout, operator) for name, value in vars(part).items()
+               if name == "forward" or name.endswith("_hooks")] + [p.requires_grad for p in linear.parameters()]
+    plain = type(linear) is nn.Linear and type(layer.dropout) is nn.Dropout and not any(changes)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func, which may want more
+    if not layer.fast or few or not plain or transformed or layer.dropout.training and layer.dropout.p > 0:
         return Adapter.forward(layer, x)
-    return MergedProduct.apply(x, layer.M, linear.weight, linear.bias, layer.operator)
+    return MergedProduct.apply(x, layer.M, linear.weight, linear.bias, operator)
 
 
 class MergedProduct(torch.autograd.Function):
     """(W0 + ΔW) x + bias. W0 + ΔW is built again in the backward pass rather than kept, and its gradient (d, k) is not
     formed: M's is decompressᵀ(g) compress(x)ᵀ, summed over tokens and rows. There are no second derivatives.
     """
-
-    generate_vmap_rule = True  # for torch.func
 
     @staticmethod
     def forward(x, M, weight, bias, operator):  # exercise 14
@@ -509,8 +508,9 @@ class MergedProduct(torch.autograd.Function):
         ctx.save_for_backward(x, M, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):  # exercise 14
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise RuntimeError("there are no second derivatives here: MoRALinear.fast = False has them")
         (kept, M, weight), operator, size = ctx.saved_tensors, ctx.operator, ctx.operator.size
         grad_x = (g @ fast_merged_weight(operator, M, weight).to(g.dtype)).to(ctx.x_dtype)
         kept, g = kept.reshape(-1, *kept.shape[g.dim() - 1:]), g.reshape(-1, g.shape[-1])  # (tokens, ...)

@@ -747,13 +747,46 @@ def test_one_switch_makes_every_layer_compute_as_defined(monkeypatch):
     assert len(seen) == 4, "a breakpoint in Eq. 2 stops in every layer"
 
 
-def test_fast_is_for_many_tokens_and_first_gradients():
+def test_fast_is_for_many_tokens_and_first_gradients(monkeypatch):
     _, layer = adapted(40, 40)
     assert not is_fast(layer(randn(3, 40))), "W0 + ΔW is not worth building for three tokens"
     x = randn(30, 40).requires_grad_()
-    grad, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="fast = False"):  # or a gradient penalty would pass M by in silence
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    monkeypatch.setattr(MoRALinear, "fast", False)
+    grad, = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert layer.M.grad.any()
+
+
+def test_second_derivatives_by_torch_func():
+    _, layer = adapted(6, 5)
+    x = randn(40, 6)
+
+    def loss(M):
+        return torch.func.functional_call(layer, {"M": M}, (x,)).pow(3).sum()
+
+    found = torch.func.jacrev(torch.func.jacrev(loss))(layer.M.detach())
+    MoRALinear.fast, fast = False, MoRALinear.fast
+    try:
+        expected = torch.func.jacrev(torch.func.jacrev(loss))(layer.M.detach())
+    finally:
+        MoRALinear.fast = fast
+    assert expected.any()
+    assert_close(found, expected, "the Hessian in M")
+
+
+@pytest.mark.parametrize("change", [
+    lambda layer: layer.operator.register_forward_hook(lambda module, inputs, output: 2 * output),
+    lambda layer: layer.dropout.register_forward_hook(lambda module, inputs, output: 2 * output),
+    lambda layer: setattr(layer, "dropout", nn.Identity()),
+    lambda layer: setattr(layer, "dropout", nn.LeakyReLU(0.5)),
+    lambda layer: setattr(layer.operator, "forward", lambda x, M: x @ M)])
+def test_changed_parts_count_for_any_number_of_tokens(change):
+    _, layer = adapted(12, 12, 12)
+    change(layer)
+    x = randn(60, 12)
+    assert_close(layer(x), torch.cat([layer(row[None]) for row in x]), "many tokens at once")
 
 
 def test_fast_is_not_for_a_frozen_layer_that_learns():
@@ -927,6 +960,20 @@ def test_loading_names_what_does_not_fit(key, value):
     state[key] = value
     state = {key: tensor for key, tensor in state.items() if tensor is not None}
     assert_error(model, lambda: load_adapters(model, state), key)
+
+
+@pytest.mark.parametrize("key, change", [
+    ("blocks.1.down.operator.out_group", torch.Tensor.bool), ("blocks.1.down.M", lambda M: M.to("meta")),
+    ("blocks.1.down.M", torch.Tensor.to_sparse)])
+def test_loading_refuses_tensors_of_another_kind(key, change):
+    state, model = adapter_state_dict(adapted_net(seed=1, operator="sharing")), adapted_net(seed=2, operator="sharing")
+    assert_error(model, lambda: load_adapters(model, state | {key: change(state[key])}))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "mora"])
+def test_complex_numbers_are_refused(method):
+    with pytest.raises(ValueError, match="real numbers"):
+        add_adapters(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64)), method, 1)
 
 
 def test_the_file_needs_torch_only():  # it runs alone in test_readme.py
