@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -63,12 +64,10 @@ class AsyLoRAFull(mora.LoRALinear):
         super().__init__(linear, features * rank // linear.out_features, train_A=False, **options)
 
 
-class Aligned(mora.Sharing):
-    """Sharing in random groups that are the same at all inputs and outputs of a width, in all layers. A merge deals
-    them anew.
-    """
+class AlignedSharing(mora.Sharing):
+    """Random groups that are the same at all inputs and outputs of a width, in all layers. A merge deals them anew."""
 
-    def __init__(self, in_features, out_features, size, groups=None, number=0):
+    def __init__(self, in_features, out_features, size, number):
         self.number = number  # of several dealings
         super().__init__(in_features, out_features, size, "random")
 
@@ -78,19 +77,27 @@ class Aligned(mora.Sharing):
         return super().assign(features, kind, generator)
 
 
-class ContiguousStrided(mora.Sharing):
-    """The third pair of ReMoRA's cycle, and nothing else: contiguous groups of inputs, strided groups of outputs."""
-
-    def __init__(self, in_features, out_features, size, groups=None):
-        super().__init__(in_features, out_features, size, ("contiguous", "strided"))
-
-
 class AlignedOverlap(mora.Overlap):
     """Overlap of such sharings."""
 
     def __init__(self, in_features, out_features, size, copies=4):
         super().__init__(in_features, out_features, size, copies)
-        self.sharings = torch.nn.ModuleList(Aligned(in_features, out_features, size, number=i) for i in range(copies))
+        self.sharings = nn.ModuleList(AlignedSharing(in_features, out_features, size, i) for i in range(copies))
+
+
+class Aligned(AlignedOverlap):
+    """One such sharing."""
+
+    def __init__(self, in_features, out_features, size):
+        super().__init__(in_features, out_features, size, copies=1)
+
+
+class ContiguousStrided(mora.Overlap):
+    """The third pair of ReMoRA's cycle, and nothing else: contiguous groups of inputs, strided groups of outputs."""
+
+    def __init__(self, in_features, out_features, size):
+        super().__init__(in_features, out_features, size, copies=1)
+        self.sharings = nn.ModuleList([mora.Sharing(in_features, out_features, size, ("contiguous", "strided"))])
 
 
 METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}

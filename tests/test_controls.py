@@ -46,7 +46,7 @@ def test_strided_sums_is_of_low_rank_and_scattered_is_not():
 
 
 def test_contiguous_strided_is_a_pair_of_the_cycle():
-    operator, cycle = controls.ContiguousStrided(24, 36, 8), mora.Sharing(24, 36, 8, "cycle")
+    operator, cycle = controls.ContiguousStrided(24, 36, 8).sharings[0], mora.Sharing(24, 36, 8, "cycle")
     for _ in range(2):
         cycle.regroup()
     assert torch.equal(operator.in_group, cycle.in_group) and torch.equal(operator.out_group, cycle.out_group)
@@ -55,8 +55,7 @@ def test_contiguous_strided_is_a_pair_of_the_cycle():
 @pytest.mark.parametrize("name", ["aligned", "aligned_overlap"])
 def test_aligned_groups_are_those_of_all_layers_until_a_merge(name):
     def groups(operator):
-        operators = operator.sharings if name == "aligned_overlap" else [operator]
-        return [(each.in_group, each.out_group) for each in operators]
+        return [(each.in_group, each.out_group) for each in operator.sharings]
 
     torch.manual_seed(1)
     first, second = (controls.OPERATORS[name](24, 24, 8) for _ in range(2))
