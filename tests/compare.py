@@ -4,7 +4,7 @@
     python tests/compare.py out/uuid-* --curves curves.png          accuracy, or loss, by step
     python tests/compare.py out/c4-* --spectra spectra.png          singular values of the updates, by kind of layer
     python tests/compare.py out/uuid-* --keep results.csv           a row for each run, with the command that makes it
-    python tests/compare.py results.csv --where task=uuid pairs=32  kept runs instead of folders, some of them
+    python tests/compare.py results.csv --where task=uuid rank=2   kept runs instead of folders, some of them
     python tests/compare.py results.csv --where rank=1 --bits bits.png       bits held over bits asked
 
 Pictures need matplotlib.
@@ -12,12 +12,15 @@ Pictures need matplotlib.
 
 import argparse
 import collections
+import contextlib
 import copy
 import csv
+import io
 import json
 import math
 import os
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -36,12 +39,12 @@ from model import load_file
 
 
 def by_setting(results):
-    """{(setting, learning rate): results, one per seed}, where each of the two has all that a run's name leaves out."""
+    """{(setting, rates): results, one per seed}; a setting is what a run's command says but for its seed and rates."""
     groups = collections.defaultdict(list)
     for result in results:
-        config = result["config"]
-        setting = result["label"], config.get("n_pairs"), config.get("max_steps")
-        groups[setting, (config["learning_rate"], config.get("other_learning_rate"))].append(result)
+        setting = re.sub(r" --(seed|learning_rate|other_learning_rate) \S+", "", result.get("command", result["label"]))
+        rates = result["config"]["learning_rate"], result["config"].get("other_learning_rate")
+        groups[setting, rates].append(result)
     return groups
 
 
@@ -54,12 +57,18 @@ def over_seeds(figures):
 
 def results_table(results):
     """One row for all seeds of a setting at a rate."""
-    rows, several = [], {name for name in ("n_pairs", "max_steps", "other_learning_rate")
-                         if len({result["config"].get(name) for result in results}) > 1}
-    for group in by_setting(results).values():
+    groups, rows = by_setting(results), []
+    words = {setting: {*re.findall(r"--\S+(?: (?!--)\S+)*", setting)} for setting, _ in groups}
+    labels = {setting: group[0]["label"] for (setting, _), group in groups.items()}
+    others = {other for _, (_, other) in groups}
+    for (setting, (_, other)), group in groups.items():
         figures = [train.columns(result) for result in group]
-        cells = {name: over_seeds([some[name] for some in figures if name in some]) for name in figures[0]}
-        cells |= {name.replace("_", " "): str(group[0]["config"].get(name, "-")) for name in sorted(several)}
+        cells = {name: over_seeds([some[name] for some in figures]) for name in figures[0]
+                 if all(name in some for some in figures)}
+        alike = [words[each] for each, label in labels.items() if label == labels[setting]]
+        if more := sorted(words[setting] - set.intersection(*alike)):  # where runs of one name have other options
+            cells["options"] = " ".join(more)
+        cells |= {"other rate": f"{other:g}"} if len(others) > 1 and other is not None else {}
         rows.append(train.table_row(group[0], **cells, seeds=str(len(group))))
     return train.markdown(rows)
 
@@ -100,6 +109,8 @@ def update_spectra(folder):
     entropy of s / Σ s), stable rank (Σ s² / max s²), and s itself.
     """
     state = load_file(folder / "checkpoint.pt")
+    if state["step"] < state["config"]["max_steps"]:
+        raise ValueError(f"{folder} is being prolonged: --resume finishes it")
     config = train.Config(**state["config"] | {"device": "cpu"})
     files = [file for name in ("data", "val_data", "old_data") for file in getattr(config, name) or ()]
     if os.path.isfile(config.init) and config.inputs != data.fingerprint([*files, config.init]):
@@ -170,6 +181,8 @@ def draw_curves(results, path):
             values = [[scale * row[metric] for row in rows] for rows in zip(*seeds)]  # of all seeds, by evaluation
             errors = [statistics.stdev(some) for some in values] if len(seeds) > 1 else None
             steps = [row["step"] for row in seeds[0]]
+            if any(steps != [row["step"] for row in rows] for rows in seeds):
+                raise ValueError(f"--curves: the runs of {label} were not evaluated at the same steps")
             panels[f"r = {rank}" if rank else "full"][label] = steps, [statistics.mean(some) for some in values], errors
     draw(panels, path, xlabel="step", ylabel=ylabel)
 
@@ -204,64 +217,98 @@ def draw_spectra(spectra, path):
 # Runs, from folders or from a table of kept ones
 
 
-KEPT = {"label": str, "method": str, "rank": int, "size": str, "seed": int, "adapter_parameters": int,
-        "trainable_parameters": int, "update_rank": float, "seconds": float, "torch": str, "device": str,
-        "command": str, "rows": json.loads}  # the last of which has the metrics
-KEPT_SETTINGS = {"task": str, "n_pairs": int, "max_steps": int, "learning_rate": float, "other_learning_rate": float}
+def evaluations(text):
+    """The rows of a metrics.csv as a table keeps them; the last has the metrics."""
+    rows = json.loads(text)
+    return [row | {"step": int(row["step"])} for row in rows] if rows[-1] else rows
+
+
+COLUMNS = {"task": str, "label": str, "method": str, "rank": int, "size": str, "seed": int, "n_pairs": int,
+           "max_steps": int, "learning_rate": float, "other_learning_rate": float, "adapter_parameters": int,
+           "trainable_parameters": int, "update_rank": float, "seconds": float, "torch": str, "device": str,
+           "dtype": str, "command": str, "rows": evaluations}
+csv.field_size_limit(10**9)
 
 
 def command(config):
     """What makes a run again: its options, but for those that have their defaults, and for where it was."""
-    of_the_machine = {"task", "inputs", "out_dir", "cache_dir", "c4_url", "device", "dtype", "compile", "resume"}
+    of_the_machine = {"task", "inputs", "out_dir", "cache_dir", "device", "dtype", "compile", "resume"}
     options = {train.FLAGS.get(name, name): value for name, value in config.items() if name not in of_the_machine}
-    task = [config["task"], *["--data", "some"] * (config["task"] in ("text", "pairs"))]
+    task = [config["task"], *["--data", __file__] * (config["task"] in ("text", "pairs"))]
     sizes = [("--max_steps", config["max_steps"]), *[("--n_pairs", config["n_pairs"])] * (config["task"] == "uuid")]
     default = vars(train.parse_args(task + [str(word) for size in sizes for word in size]))  # other defaults follow
     default |= {name[2:]: vars(train.parse_args(task))[name[2:]] for name, _ in sizes}
     script, words = "train.py", []
     for name, value in options.items():
-        if name in default and (name == "methods" or value not in (None, False, default[name])):
-            words.append(f"--{name}" + f" {value}" * (value is not True))
+        if name in default and value is not None and (name == "methods" or value != default[name]):
+            values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+            words += [f"--no-{name}" if value is False else f"--{name}", *(shlex.quote(str(each)) for each in values)]
         if name in ("methods", "operator") and value not in (None, *train.METHODS, *mora.OPERATORS):
             script = "tests/controls.py"
     return " ".join(["python", script, config["task"], *words])
 
 
-def keep(results, path):
-    """Write the runs to a table, which has a row for each command. Those that are there already are replaced."""
-    kept = {row["command"]: row for row in read_table(path)} if path.exists() else {}
-    for result in results:
-        rows = [{column: value if column == "step" else float(f"{value:.5g}") for column, value in row.items()
-                 if column not in ("learning_rate", "tokens_per_second")} for row in result["rows"]]
-        row = {name: result["config"].get(name) for name in KEPT_SETTINGS} | {name: result.get(name) for name in KEPT}
-        row["n_pairs"] = row["n_pairs"] if row["task"] == "uuid" else None
-        row |= {"seconds": round(row["seconds"]), "rows": json.dumps(rows, separators=(",", ":")),
-                "command": row["command"] or command(result["config"])}
-        kept[row["command"]] = row
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*KEPT_SETTINGS, *KEPT])
-        writer.writeheader()
-        writer.writerows(kept[name] for name in sorted(kept))
+@contextlib.contextmanager
+def reading(path):
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged, or something else ({type(error).__name__}: {error})") from error
 
 
 def read_table(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return [*csv.DictReader(file)]
+    """The rows of a table of kept runs, as text, and with their values."""
+    with reading(path), open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        rows = [*reader]
+        if {*(reader.fieldnames or ())} != {*COLUMNS} or any(None in row or None in row.values() for row in rows):
+            raise ValueError("a table of --keep has other columns")
+        return rows, [{name: kind(row[name]) if row[name] else None for name, kind in COLUMNS.items()} for row in rows]
+
+
+def keep(results, path):
+    """Put the runs into a table, in the place of those with the same command, device and type."""
+    def key(row):
+        return row["command"], row["device"], row["dtype"]
+
+    kept = {key(row): row for row in (read_table(path)[0] if path.exists() else ())}
+    for result in results:
+        rows = [{column: value if column == "step" else float(f"{value:.5g}") for column, value in row.items()
+                 if column not in ("learning_rate", "tokens_per_second")} for row in result["rows"]]
+        row = {name: result["config"].get(name, result.get(name)) for name in COLUMNS}
+        kept[key(row)] = row | {"rows": json.dumps(rows, separators=(",", ":")), "seconds": round(row["seconds"])}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*COLUMNS])
+    writer.writeheader()
+    writer.writerows(kept[each] for each in sorted(kept))
+    data.write_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def load(path, where=()):
-    """The finished run of a folder, or those of a table with these values; each as results.json has it."""
-    if path.suffix == ".csv":
-        rows = [row for row in read_table(path) if all(row[name] == value for name, value in where)]
-        read = lambda row, kinds: {name: kind(row[name]) if row[name] else None for name, kind in kinds.items()}
-        results = [read(row, KEPT) | {"config": read(row, KEPT_SETTINGS)} for row in rows]
-        return [result | {"metrics": result["rows"][-1]} for result in results]
+    """The finished run of a folder, or those of a table, as results.json has them; of these, those with such values."""
+    source, results = path if path.suffix == ".csv" else path / "results.json", []
+    with reading(source):
+        if path.suffix == ".csv":
+            results = [row | {"config": row, "metrics": row["rows"][-1]} for row in read_table(path)[1]]
+        elif source.exists():
+            result = json.loads(source.read_text(encoding="utf-8")) | {"folder": path}
+            config = result["config"] | ({} if result["config"]["task"] == "uuid" else {"n_pairs": None})
+            results = [result | {"config": config, "command": command(result["config"])}]
+        for result in results:
+            train.table_row(result)  # what does not fit shows now
+    for name, value in where:
+        if name not in COLUMNS:
+            raise ValueError(f"--where {name}=...: the columns are {', '.join(COLUMNS)}")
+        values = [result["config"].get(name, result.get(name)) for result in results]
+        results = [result for result, known in zip(results, values) if str(known) == value or is_number(known, value)]
+    return results
+
+
+def is_number(known, text):
     try:
-        return [json.loads((path / "results.json").read_text(encoding="utf-8")) | {"folder": path}]
-    except OSError:
-        return []
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / 'results.json'} is damaged ({error})") from error
+        return known == float(text)
+    except ValueError:
+        return False
 
 
 def main(argv=None):
@@ -276,9 +323,7 @@ def main(argv=None):
     try:
         compare(args)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
-    except (KeyError, TypeError) as error:
-        parser.error(f"a results.json or a table is damaged, or lacks a column ({error!r})")
+        parser.exit(2, f"compare.py: error: {error}\n")
 
 
 def compare(args):
@@ -286,14 +331,21 @@ def compare(args):
         raise ValueError(f"--where {wrong[0]} is not COLUMN=VALUE")
     results = [result for path in args.runs for result in load(path, [each.split("=", 1) for each in args.where])]
     if not results:
-        raise ValueError(f"{args.runs[0]} is not the folder of a finished run: it has no results.json")
+        raise ValueError(f"{args.runs[0]} has no finished run" + " that is so" * bool(args.where))
     for group in by_setting(results).values():
         seeds = [result["seed"] for result in group]
         if len({*seeds}) < len(seeds):
             raise ValueError(f"{group[0]['label']} at rate {group[0]['config']['learning_rate']}, seed "
                              f"{max(seeds, key=seeds.count)}, is there more than once")
-    if len({result["config"].get("task") for result in results}) > 1:
-        raise ValueError("these are runs of several tasks: --where task=... takes those of one")
+    tasks = {result["config"]["task"] for result in results}
+    if len(tasks) > 1:
+        raise ValueError(f"these are runs of several tasks: --where task={min(tasks)} takes those of one")
+    if args.bits and (tasks != {"uuid"} or not all("bits" in result["metrics"] for result in results)):
+        raise ValueError("--bits is for the task uuid")
+    if args.spectra and not all("folder" in result for result in results):
+        raise ValueError("--spectra needs the runs' folders: a table has no weights")
+    if args.keep and args.keep.suffix != ".csv":
+        raise ValueError(f"--keep {args.keep}: the table's name has to end in .csv")
     if args.keep:
         keep(results, args.keep)
     best = at_best_rate(results)
@@ -310,7 +362,11 @@ def compare(args):
         draw_bits(best, args.bits)
     if args.spectra:
         first = [group[0] for group in by_setting(best).values()]
-        spectra = {result["label"]: update_spectra(result["folder"]) for result in first}
+        try:
+            spectra = {result["label"]: update_spectra(result["folder"]) for result in first}
+        except (RuntimeError, LookupError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"a checkpoint.pt is damaged, or of another model ({reason})") from error
         print("\n" + spectrum_table(spectra))
         draw_spectra(spectra, args.spectra)
 

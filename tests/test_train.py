@@ -316,6 +316,42 @@ def test_compare_gives_means_over_seeds_and_draws_if_it_can(base, tmp_path, caps
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures if path.exists())
 
 
+def test_kept_runs_are_neither_lost_nor_mixed(finished, tmp_path, capsys):
+    def compare_says(*words):
+        with pytest.raises(SystemExit, match="2"):
+            compare.main([str(word) for word in words])
+        error = capsys.readouterr().err
+        assert error.startswith("compare.py: error: ") and error.count("\n") == 1
+        return error
+
+    first, table = next(finished[1].glob("uuid-*")), tmp_path / "kept.csv"
+    more = ["--targets", "c_attn", "c_fc", "--alpha", 0, "--no-fast"]
+    assert cli(*finished[0], *more, "--seed", 1, "--out_dir", tmp_path) == 0
+    second = next(tmp_path.glob("uuid-*"))
+    capsys.readouterr()
+    compare.main([str(first), str(second), "--keep", str(table)])
+    said = capsys.readouterr().out
+    assert said.count("| lora r2 |") == 2 and "--alpha 0" in said, "other options are no other seed"
+    compare.main([str(first), str(second), "--where", "seed=1"])
+    assert capsys.readouterr().out.count("| lora r2 |") == 1
+    before = table.read_text()
+    assert all(option in before for option in ("--targets c_attn c_fc --", "--alpha 0.0", "--no-fast", "--seed 1"))
+    for wrong in ("rows,notes\n1,2\n", "", before.replace("seed,", "seeds,", 1), before + "a,b\n", "notes",
+                  before.replace('"[', '"[['), re.sub('"\\[.*?\\]"', "[]", before)):
+        table.write_text(wrong)
+        for words in ([first, "--keep", table], [table]):
+            assert "kept.csv" in compare_says(*words) and table.read_text() == wrong, "what is no such table stays"
+    assert ".csv" in compare_says(first, "--keep", tmp_path / "table") and not (tmp_path / "table").exists()
+    table.write_text(before)
+    assert "n_pairs" in compare_says(table, "--where", "pairs=4") and "kept.csv" in compare_says(table, "--where", "seed=9")
+    assert "folders" in compare_says(table, "--spectra", tmp_path / "s.png")
+    for key, value in (("rows", []), ("trainable_parameters", 0), ("config", None), ("metrics", {"bits": 10**400})):
+        results = json.loads((second / "results.json").read_text())
+        (second / "results.json").write_text(json.dumps(results | {key: value}))
+        assert str(second / "results.json") in compare_says(first, second)
+        (second / "results.json").write_text(json.dumps(results))
+
+
 def test_an_operator_made_from_sharing_gets_groups(monkeypatch):
     monkeypatch.setitem(mora.OPERATORS, "own", type("Own", (mora.Sharing,), {}))
     args = train.parse_args("uuid --methods mora remora --operator own --init scratch".split())
