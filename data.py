@@ -368,7 +368,7 @@ def token_files(paths, tokenizer, folder, splits=("all",)):
         else:
             write_file(files[0], lambda train: write_file(files[1], lambda val: tokenize(texts, tokenizer, train, val)))
         write_file(checksums, lambda file: file.write(fingerprint(files).encode()))
-    if checksums.read_text() != fingerprint(files):
+    if checksums.read_bytes() != fingerprint(files).encode():
         raise ValueError(f"{' or '.join(map(str, files))} is damaged: delete it and run again")
     return files
 

@@ -506,7 +506,12 @@ def test_a_damaged_token_file_is_named_and_made_again_once_deleted(tmp_path, dam
     damaged.write_bytes(damage(whole[split]))
     with pytest.raises(ValueError, match=f"^.*{damaged.name}.* is damaged: delete it.*$"):
         data.text_tokens([path], None, BYTES, tmp_path / "cache")
-    for missing in (damaged, *(tmp_path / "cache").glob("*.sha256")):
+    damaged.write_bytes(whole[split])
+    checksum, = (tmp_path / "cache").glob("*.sha256")
+    checksum.write_bytes(damage(checksum.read_bytes()))
+    with pytest.raises(ValueError, match="is damaged: delete it"):
+        data.text_tokens([path], None, BYTES, tmp_path / "cache")
+    for missing in (damaged, checksum):
         missing.unlink()
         data.text_tokens([path], None, BYTES, tmp_path / "cache")
         assert [train.read_bytes(), val.read_bytes()] == whole and len(os.listdir(tmp_path / "cache")) == 3
