@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -471,21 +472,21 @@ def start(*argv, **environment):
                             env=os.environ | environment)
 
 
-def wait_for(process, beginning):
-    """Until the process prints a line that begins so."""
+def signal_at(number, process, beginning):
+    """Send a signal when the process prints a line that begins so."""
     assert any(line.startswith(beginning) for line in process.stdout), process.communicate()[1]
+    process.send_signal(number)
 
 
 def test_a_stopped_process_resumes_bit_for_bit(base, tmp_path):
-    command = ["uuid", "--init", base, "--methods", "mora", *FOUR_PAIRS, "--max_steps", 150, "--eval_every", 10,
+    command = ["uuid", "--init", base, "--methods", "mora", *FOUR_PAIRS, "--max_steps", 200, "--eval_every", 10,
                "--device", "cpu"]
-    processes = {number: start(*command, "--out_dir", tmp_path / number.name)
-                 for number in (signal.SIGINT, signal.SIGKILL)}  # SIGTERM is in the next test
-    for number, process in processes.items():
-        wait_for(process, "step  20/")
-        process.send_signal(number)
+    numbers = signal.SIGINT, signal.SIGKILL  # SIGTERM is in the next test
+    processes = [start(*command, "--out_dir", tmp_path / number.name) for number in numbers]
+    with ThreadPoolExecutor() as pool:
+        [*pool.map(signal_at, numbers, processes, itertools.repeat("step  20/"))]
     assert cli(*command, "--out_dir", tmp_path / "whole") == 0
-    for number, process in processes.items():
+    for number, process in zip(numbers, processes):
         _, error = process.communicate(timeout=60)
         if number == signal.SIGKILL:
             assert process.returncode == -signal.SIGKILL
@@ -503,7 +504,7 @@ def test_a_run_is_left_alone_by_others_and_stops_as_a_whole(base, tmp_path, caps
     environment = dict(TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
     command = ["uuid", "--init", base, "--methods", "mora", "--n_pairs", 8, "--device", "cpu", "--out_dir", tmp_path]
     both = [start(*command, "--max_steps", 5000, "--eval_every", 5, RANK=rank, **environment) for rank in "01"]
-    wait_for(both[0], "step    5/5000")
+    signal_at(0, both[0], "step    5/5000")  # 0 is no signal: this only waits
     for options in (["--dropout", 0.5], ["--resume"]):
         assert cli(*command, "--max_steps", 5000, *options) == 2
         error = capsys.readouterr().err
