@@ -304,10 +304,10 @@ FLAGS = {"method": "methods"}  # options that are called otherwise than their se
 # Peak learning rates for --init demo at r = 2, for scratch at r = 4, from sweeps here, and for given weights at r = 8,
 # within what the paper searched for 7B. Adapters' fall as 1 / sqrt(r), as sweeps show; a new operator has rotation's.
 LEARNING_RATES = {
-    "full": (2e-3, 1e-2, 3e-5), "lora": (2e-2, 3e-3, 2e-4), "lora+": (5e-3, 1e-3, 2e-4), "asylora": (5e-2, 3e-3, 2e-4),
-    "dora": (2e-2, 3e-3, 2e-4), "relora": (2e-2, 3e-3, 2e-4), "truncation": (5e-2, 3e-2, 3e-4),
+    "full": (2e-3, 1e-2, 3e-5), "lora": (2e-2, 1e-2, 2e-4), "lora+": (5e-3, 1e-3, 2e-4), "asylora": (5e-2, 3e-3, 2e-4),
+    "dora": (2e-2, 3e-3, 2e-4), "relora": (2e-2, 1e-2, 2e-4), "truncation": (5e-2, 3e-2, 3e-4),
     "sharing": (1e-2, 1e-2, 3e-4), "decoupling": (3e-2, 3e-2, 3e-4), "rotation": (3e-2, 3e-2, 3e-4),
-    "overlap": (2e-2, 5e-3, 3e-4),
+    "overlap": (2e-2, 1e-2, 3e-4),
 }
 
 

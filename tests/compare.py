@@ -4,7 +4,7 @@
     python tests/compare.py out/uuid-* --curves curves.png          accuracy, or loss, by step
     python tests/compare.py out/c4-* --spectra spectra.png          singular values of the updates, by kind of layer
     python tests/compare.py out/uuid-* --keep results.csv           a row for each run, with the command that makes it
-    python tests/compare.py results.csv --where task=uuid rank=2   kept runs instead of folders, some of them
+    python tests/compare.py results.csv --where task=uuid rank=2    kept runs instead of folders, some of them
     python tests/compare.py results.csv --where rank=1 --bits bits.png       bits held over bits asked
 
 Pictures need matplotlib.
@@ -297,10 +297,12 @@ def load(path, where=()):
         for result in results:
             train.table_row(result)  # what does not fit shows now
     for name, value in where:
-        if name not in COLUMNS:
-            raise ValueError(f"--where {name}=...: the columns are {', '.join(COLUMNS)}")
-        values = [result["config"].get(name, result.get(name)) for result in results]
-        results = [result for result, known in zip(results, values) if str(known) == value or is_number(known, value)]
+        column = name.removesuffix("!")
+        if column not in COLUMNS:
+            raise ValueError(f"--where {column}=...: the columns are {', '.join(COLUMNS)}")
+        values = [result["config"].get(column, result.get(column)) for result in results]
+        found = [str(known) == value or is_number(known, value) for known in values]
+        results = [result for result, is_so in zip(results, found) if is_so == (name == column)]
     return results
 
 
@@ -315,7 +317,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of one task's runs, of which unfinished ones are "
                         "left out, or tables that --keep wrote")
-    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="of a table's rows, only these")
+    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="of the runs, only these; "
+                        "COLUMN!=VALUE leaves them out")
     parser.add_argument("--keep", type=Path, metavar="CSV", help="put the runs into this table, or back into it")
     for name in ("curves", "spectra", "bits"):
         parser.add_argument(f"--{name}", type=Path, metavar="PNG")

@@ -102,7 +102,7 @@ class ContiguousStrided(mora.Overlap):
 
 METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
 OPERATORS = {"aligned": Aligned, "aligned_overlap": AlignedOverlap, "contiguous_strided": ContiguousStrided}
-LEARNING_RATES = {"strided_sums": (5e-3, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4), "asylora_full": (2e-2, 3e-3, 2e-4),
+LEARNING_RATES = {"strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4), "asylora_full": (5e-2, 3e-3, 2e-4),
                   "aligned": (2e-2, 1e-2, 3e-4), "aligned_overlap": (2e-2, 1e-2, 3e-4),
                   "contiguous_strided": (1e-2, 1e-2, 3e-4)}  # as in train.py
 
