@@ -166,7 +166,7 @@ class Rotation(Decoupling):
 
 class Overlap(Operator):
     """Not in the paper: J = `copies` random Sharings of the same M at once, ΔW = Σ Dⱼ M Cⱼ / sqrt(J). So each input is
-    in J groups, and an entry of ΔW is a sum of J entries of M: M is spread more evenly. Rank at most J (r̂ - 1) + 1.
+    in J groups, and an entry of ΔW is a sum of J entries of M. Its rank is at most J (r̂ - 1) + 1.
     """
 
     def __init__(self, in_features, out_features, size, copies=4):

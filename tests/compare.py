@@ -292,7 +292,9 @@ def load(path, where=()):
             results = [row | {"config": row, "metrics": row["rows"][-1]} for row in read_table(path)[1]]
         elif source.exists():
             result = json.loads(source.read_text(encoding="utf-8")) | {"folder": path}
-            config = result["config"] | ({} if result["config"]["task"] == "uuid" else {"n_pairs": None})
+            config = dict(result["config"])
+            unused = ["n_pairs"] * (config["task"] != "uuid") + ["other_learning_rate"] * (config["init"] != "scratch")
+            config |= dict.fromkeys(unused)
             results = [result | {"config": config, "command": command(result["config"])}]
         for result in results:
             train.table_row(result)  # what does not fit shows now
