@@ -317,7 +317,9 @@ def test_compare_gives_means_over_seeds_and_draws_if_it_can(base, tmp_path, caps
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures if path.exists())
 
 
-def test_kept_runs_are_neither_lost_nor_mixed(finished, tmp_path, capsys):
+def test_kept_runs_are_neither_lost_nor_mixed(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mora.MoRALinear, "fast", True)  # --no-fast is for the whole process
+
     def compare_says(*words):
         with pytest.raises(SystemExit, match="2"):
             compare.main([str(word) for word in words])
@@ -1040,7 +1042,7 @@ def test_what_ends_the_first_process_is_no_traceback_of_the_others(rank, reason,
 
 def test_two_processes_train_as_one(base, tmp_path):
     command = ["uuid", "--init", str(base), "--methods", "remora", "relora", "--operator", "sharing", "--n_pairs", "8",
-               "--max_steps", "30", "--eval_every", "5", "--merge_every", "12", "--learning_rate", "1e-3",
+               "--max_steps", "20", "--eval_every", "5", "--merge_every", "8", "--learning_rate", "1e-3",
                "--grad_clip", "0", "--device", "cpu"]
     assert cli(*command, "--out_dir", tmp_path / "one") == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAIN[1]]
