@@ -19,8 +19,8 @@ import train
 
 
 class StridedSums(mora.Adapter):
-    """One trained matrix, as in MoRA, of a low rank, as in LoRA: D (d, s) behind fixed strided sums of the inputs, where
-    s = floor((k + d) r / d) (as MiSS, arXiv 2409.15371).
+    """One trained matrix, as in MoRA, of a low rank, as in LoRA: D (d, s) behind s = floor((k + d) r / d) fixed strided
+    sums of the inputs (as MiSS, arXiv 2409.15371).
     """
 
     def __init__(self, linear, rank, dropout=0.0, **options):
@@ -102,9 +102,10 @@ class ContiguousStrided(mora.Overlap):
 
 METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
 OPERATORS = {"aligned": Aligned, "aligned_overlap": AlignedOverlap, "contiguous_strided": ContiguousStrided}
-LEARNING_RATES = {"strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4), "asylora_full": (5e-2, 3e-3, 2e-4),
-                  "aligned": (2e-2, 1e-2, 3e-4), "aligned_overlap": (2e-2, 1e-2, 3e-4),
-                  "contiguous_strided": (1e-2, 1e-2, 3e-4)}  # as in train.py
+LEARNING_RATES = {  # as in train.py
+    "strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4), "asylora_full": (5e-2, 3e-3, 2e-4),
+    "aligned": (2e-2, 1e-2, 3e-4), "aligned_overlap": (2e-2, 1e-2, 3e-4), "contiguous_strided": (1e-2, 1e-2, 3e-4),
+}
 
 
 def add():

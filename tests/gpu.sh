@@ -63,7 +63,8 @@ memorize() {  # the paper's figure 2; RANK=256 is its other rank
 scratch() {  # the paper's figure 3
     text
     run python train.py text --data $TEXT --tokenizer bytes --rank 32 --methods full lora relora mora remora \
-        --operator sharing --learning_rate 1e-3 3e-3 --other_learning_rate 3e-3 --out_dir $OUT/scratch $WIDE --max_steps "${STEPS:-500}"
+        --operator sharing --learning_rate 1e-3 3e-3 --other_learning_rate 3e-3 --out_dir $OUT/scratch $WIDE \
+        --max_steps "${STEPS:-500}"
     run python tests/compare.py $OUT/scratch/text-*
 }
 

@@ -234,6 +234,7 @@ ERROR = 'raise NotImplementedError("exercise {}: write {}, as EXERCISES.md says"
 def test_as_a_student_types_it(project, tool, monkeypatch):
     if sys.platform == "linux":
         monkeypatch.setattr(grading, "METHOD", "fork")
+
     def python(*words):
         run = subprocess.run([sys.executable, *words], cwd=project, capture_output=True, text=True, encoding="utf-8")
         return run.returncode, run.stdout + run.stderr

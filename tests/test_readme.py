@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 README, RESULTS, EXERCISES = (re.sub(r"\\\n *", "", (ROOT / name).read_text(encoding="utf-8"))  # commands in one line
                               for name in ("README.md", "tests/RESULTS.md", "tests/EXERCISES.md"))
 PROSE = re.sub(r"```text.*?```", "", README + RESULTS, flags=re.S)  # without what the programs print
-COMMAND = r"(?:python|torchrun[^\n`]*?) (?:train|tests/controls)\.py((?: ?[^\s`#|&]+)*)"  # up to what is said about it; its options
+# A command up to what is said about it, and its options
+COMMAND = r"(?:python|torchrun[^\n`]*?) (?:train|tests/controls)\.py((?: ?[^\s`#|&]+)*)"
 COMMANDS = [options for options in sorted(set(re.findall(COMMAND, README + RESULTS + EXERCISES)))
             if not options.endswith(("-h", "...", "--no-fast"))]
 TABLE = r"((?:^\|[^\n]*\n)+)\s*(?:```bash\n(.*?)```)?"  # and the commands below it
