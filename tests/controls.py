@@ -5,6 +5,7 @@ with more methods and operators. Results of the first line are in RESULTS.md; th
     python tests/controls.py c4 --methods mora remora --operator aligned --seed 0 1 2
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -100,12 +101,66 @@ class ContiguousStrided(mora.Overlap):
         self.sharings = nn.ModuleList([mora.Sharing(in_features, out_features, size, ("contiguous", "strided"))])
 
 
+class FourPairs(mora.Overlap):
+    """The four pairs of ReMoRA's cycle at once, instead of one after the other."""
+
+    def __init__(self, in_features, out_features, size):
+        sizes = in_features, out_features, size
+        super().__init__(*sizes)
+        self.sharings = nn.ModuleList(mora.Sharing(*sizes, pair) for pair in mora.Sharing.CYCLE)
+
+
+class SignedOverlap(mora.Overlap):
+    """Overlap with a random sign for every input and output of a copy: a count sketch."""
+
+    def __init__(self, in_features, out_features, size, copies=4):
+        super().__init__(in_features, out_features, size, copies)
+        for name, features in {"in_signs": in_features, "out_signs": out_features}.items():
+            self.register_buffer(name, torch.randint(2, (copies, features), device="cpu") * 2.0 - 1)
+
+    def compress(self, x):
+        rows = [sharing.compress(x * signs.to(x.dtype)) for sharing, signs in zip(self.sharings, self.in_signs)]
+        return torch.stack(rows, dim=-2)  # (..., k) -> (..., J, r̂)
+
+    def decompress(self, z):
+        y = [sharing.decompress(row) * signs.to(z.dtype)
+             for sharing, signs, row in zip(self.sharings, self.out_signs, z.unbind(-2))]
+        return sum(y) / math.sqrt(self.copies)  # (..., J, r̂) -> (..., d)
+
+
+class ByInputs:
+    """A learning rate for each layer by its inputs, as a factor before M is under Adam: less where k > d."""
+
+    def compress(self, x):
+        return super().compress(x) * min(1, self.out_features / self.in_features)
+
+
+class SharingByInputs(ByInputs, mora.Sharing):
+    pass
+
+
+class OverlapByInputs(ByInputs, mora.Overlap):
+    pass
+
+
+def overlap_of(copies):
+    class OverlapOf(mora.Overlap):
+        def __init__(self, in_features, out_features, size):
+            super().__init__(in_features, out_features, size, copies)
+
+    return OverlapOf
+
+
 METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
-OPERATORS = {"aligned": Aligned, "aligned_overlap": AlignedOverlap, "contiguous_strided": ContiguousStrided}
+OPERATORS = {
+    "aligned": Aligned, "aligned_overlap": AlignedOverlap, "contiguous_strided": ContiguousStrided,
+    "four_pairs": FourPairs, "signed_overlap": SignedOverlap, "overlap_2": overlap_of(2), "overlap_8": overlap_of(8),
+    "sharing_by_inputs": SharingByInputs, "overlap_by_inputs": OverlapByInputs,
+}
 LEARNING_RATES = {  # as in train.py
     "strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4), "asylora_full": (5e-2, 3e-3, 2e-4),
-    "aligned": (2e-2, 1e-2, 3e-4), "aligned_overlap": (2e-2, 1e-2, 3e-4), "contiguous_strided": (1e-2, 1e-2, 3e-4),
-}
+} | dict.fromkeys(OPERATORS, train.LEARNING_RATES["overlap"]) | dict.fromkeys(
+    ("contiguous_strided", "sharing_by_inputs"), train.LEARNING_RATES["sharing"])
 
 
 def add():

@@ -52,6 +52,32 @@ def test_contiguous_strided_is_a_pair_of_the_cycle():
     assert torch.equal(operator.in_group, cycle.in_group) and torch.equal(operator.out_group, cycle.out_group)
 
 
+def delta_weight(operator, M):
+    return operator(torch.eye(operator.in_features, dtype=M.dtype), M).T
+
+
+def test_overlap_has_as_many_copies_as_its_name_says():
+    assert [len(controls.OPERATORS[f"overlap_{copies}"](12, 20, 4).sharings) for copies in (2, 8)] == [2, 8]
+
+
+def test_four_pairs_is_the_sum_of_the_cycle_and_by_inputs_scales_by_outputs_over_inputs():
+    M = torch.randn(8, 8, dtype=torch.float64)
+    pairs = [delta_weight(mora.Sharing(48, 24, 8, pair), M) for pair in mora.Sharing.CYCLE]
+    assert torch.allclose(delta_weight(controls.FourPairs(48, 24, 8), M), sum(pairs) / 2)
+    assert torch.allclose(delta_weight(controls.SharingByInputs(48, 24, 8), M), pairs[0] / 2)
+    wide = delta_weight(mora.Sharing(24, 48, 8), M)
+    assert torch.allclose(delta_weight(controls.SharingByInputs(24, 48, 8), M), wide), "only where k > d"
+
+
+def test_signed_overlap_has_a_sign_for_each_input_and_output():
+    M, operator = torch.rand(4, 4, dtype=torch.float64) + 1, controls.SignedOverlap(24, 36, 4, copies=1)
+    update, sharing = delta_weight(operator, M), operator.sharings[0]
+    assert torch.allclose(update.abs(), M[sharing.out_group][:, sharing.in_group])
+    signs = update.sign()
+    assert torch.linalg.matrix_rank(signs) == 1 and {*signs.unique().tolist()} == {-1, 1}
+    assert not (signs == signs[0]).all() and not (signs == signs[:, :1]).all(), "some of each, on both sides"
+
+
 @pytest.mark.parametrize("name", ["aligned", "aligned_overlap"])
 def test_aligned_groups_are_those_of_all_layers_until_a_merge(name):
     def groups(operator):
