@@ -93,21 +93,21 @@ class Aligned(AlignedOverlap):
         super().__init__(in_features, out_features, size, copies=1)
 
 
-class ContiguousStrided(mora.Overlap):
-    """The third pair of ReMoRA's cycle, and nothing else: contiguous groups of inputs, strided groups of outputs."""
-
-    def __init__(self, in_features, out_features, size):
-        super().__init__(in_features, out_features, size, copies=1)
-        self.sharings = nn.ModuleList([mora.Sharing(in_features, out_features, size, ("contiguous", "strided"))])
-
-
 class FourPairs(mora.Overlap):
     """The four pairs of ReMoRA's cycle at once, instead of one after the other."""
 
+    pairs = mora.Sharing.CYCLE
+
     def __init__(self, in_features, out_features, size):
         sizes = in_features, out_features, size
-        super().__init__(*sizes)
-        self.sharings = nn.ModuleList(mora.Sharing(*sizes, pair) for pair in mora.Sharing.CYCLE)
+        super().__init__(*sizes, copies=len(self.pairs))
+        self.sharings = nn.ModuleList(mora.Sharing(*sizes, pair) for pair in self.pairs)
+
+
+class ContiguousStrided(FourPairs):
+    """The third of them, and nothing else: contiguous groups of inputs, strided groups of outputs."""
+
+    pairs = mora.Sharing.CYCLE[2:3]
 
 
 class SignedOverlap(mora.Overlap):
@@ -160,7 +160,7 @@ OPERATORS = {
 LEARNING_RATES = {  # as in train.py
     "strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4), "asylora_full": (5e-2, 3e-3, 2e-4),
 } | dict.fromkeys(OPERATORS, train.LEARNING_RATES["overlap"]) | dict.fromkeys(
-    ("contiguous_strided", "sharing_by_inputs"), train.LEARNING_RATES["sharing"])
+    ("aligned", "four_pairs", "contiguous_strided", "sharing_by_inputs"), train.LEARNING_RATES["sharing"])
 
 
 def add():
