@@ -15,6 +15,7 @@ import collections
 import contextlib
 import copy
 import csv
+import fnmatch
 import io
 import json
 import math
@@ -303,7 +304,7 @@ def load(path, where=()):
         if column not in COLUMNS:
             raise ValueError(f"--where {column}=...: the columns are {', '.join(COLUMNS)}")
         values = [result["config"].get(column, result.get(column)) for result in results]
-        found = [str(known) == value or is_number(known, value) for known in values]
+        found = [fnmatch.fnmatchcase(str(known), value) or is_number(known, value) for known in values]
         results = [result for result, is_so in zip(results, found) if is_so == (name == column)]
     return results
 
@@ -320,7 +321,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", type=Path, help="folders of one task's runs, of which unfinished ones are "
                         "left out, or tables that --keep wrote")
     parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="of the runs, only these; "
-                        "COLUMN!=VALUE leaves them out")
+                        "COLUMN!=VALUE leaves them out, and *, ? and [ab] stand for what they do in a shell")
     parser.add_argument("--keep", type=Path, metavar="CSV", help="put the runs into this table, or back into it")
     for name in ("curves", "spectra", "bits"):
         parser.add_argument(f"--{name}", type=Path, metavar="PNG")

@@ -100,12 +100,12 @@ def folder(tmp_path_factory):
     pairs = "".join(json.dumps({"prompt": f"{i} + 1 =", "completion": str(i + 1)}) + "\n" for i in range(40))
     for name, content in {"articles.jsonl": text, "new.jsonl": text, "old.txt": text, "pairs.jsonl": pairs}.items():
         (folder / name).write_text(content)
-    for name in ("c4/en", "out/NAME", "out/text-full-lr0.01-seed0"):
-        (folder / name).mkdir(parents=True)
+    models = "gpt2", *(f"out/{run}/model.pt" for run in ("NAME", "text-full-lr0.01-seed0", "uuid-full-lr1e-09-seed0"))
+    for name in ("c4/en/c4", *models):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     for name in ("c4/en/c4-train.00000-of-01024.json.gz", "c4/en/c4-validation.00000-of-00008.json.gz", "pmc.jsonl.gz",
                  "wikitext-train.txt.gz", "wikitext-valid.txt.gz"):
         (folder / name).write_bytes(gzip.compress(text.encode()))
-    models = "gpt2", "out/NAME/model.pt", "out/text-full-lr0.01-seed0/model.pt"
     for name in models:  # a file comes before the published model of its name
         GPT(GPTConfig(**PRESETS["tiny"])).export(folder / name)
     return folder
@@ -127,6 +127,7 @@ def test_commands_run(options, folder, monkeypatch):
     args = train.parse_args(options.split())  # as it stands
     size = "--n_layer 1 --n_head 2 --n_embd 32" if args.init in ("demo", "scratch") else ""
     size += {"c4": f" --c4_url file:{folder}/c4", "uuid": " --n_pairs 4"}.get(args.task, "")
+    size += " --full_warmup 1" * bool(args.full_warmup)
     small = f"{size} --max_steps 2 --batch_size 4 --learning_rate 1e-3 --seed 0 --device cpu --out_dir out"
     with pytest.raises(SystemExit) as end:
         train.main([*options.split(), *small.split()])

@@ -338,6 +338,7 @@ def test_kept_runs_are_neither_lost_nor_mixed(finished, tmp_path, capsys, monkey
     compare.main([str(first), str(second), "--where", "seed=1"])
     assert capsys.readouterr().out.count("| lora r2 |") == 1
     assert [len(compare.load(first, [where])) for where in (("seed", "0"), ("seed!", "0"), ("seed!", "1"))] == [1, 0, 1]
+    assert [len(compare.load(first, [("command" + no, "*--seed 0*")])) for no in ("", "!")] == [1, 0]
     before = table.read_text()
     assert all(option in before for option in ("--targets c_attn c_fc --", "--alpha 0.0", "--no-fast", "--seed 1"))
     for wrong in ("rows,notes\n1,2\n", "", before.replace("seed,", "seeds,", 1), before + "a,b\n", "notes",
