@@ -57,17 +57,16 @@ def over_seeds(figures):
 
 
 def results_table(results):
-    """One row for all seeds of a setting at a rate."""
+    """One row for all seeds of a setting at a rate; with its options, but for those in its name or of all settings."""
     groups, rows = by_setting(results), []
-    words = {setting: {*re.findall(r"--\S+(?: (?!--)\S+)*", setting)} for setting, _ in groups}
-    labels = {setting: group[0]["label"] for (setting, _), group in groups.items()}
+    in_label = r"--(?:methods|rank|operator|groups|fold)\b"
+    words = {setting: {*re.findall(rf"(?!{in_label})--\S+(?: (?!--)\S+)*", setting)} for setting, _ in groups}
     others = {other for _, (_, other) in groups}
     for (setting, (_, other)), group in groups.items():
         figures = [train.columns(result) for result in group]
         cells = {name: over_seeds([some[name] for some in figures]) for name in figures[0]
                  if all(name in some for some in figures)}
-        alike = [words[each] for each, label in labels.items() if label == labels[setting]]
-        if more := sorted(words[setting] - set.intersection(*alike)):  # where runs of one name have other options
+        if more := sorted(words[setting] - set.intersection(*words.values())):
             cells["options"] = " ".join(more)
         cells |= {"other rate": f"{other:g}"} if len(others) > 1 and other is not None else {}
         rows.append(train.table_row(group[0], **cells, seeds=str(len(group))))

@@ -335,6 +335,8 @@ def test_kept_runs_are_neither_lost_nor_mixed(finished, tmp_path, capsys, monkey
     compare.main([str(first), str(second), "--keep", str(table)])
     said = capsys.readouterr().out
     assert said.count("| lora r2 |") == 2 and "--alpha 0" in said, "other options are no other seed"
+    one, other = compare.load(table)
+    assert "--alpha 0" in compare.results_table([one, other | {"label": "other"}]), "nor are those of another name"
     compare.main([str(first), str(second), "--where", "seed=1"])
     assert capsys.readouterr().out.count("| lora r2 |") == 1
     assert [len(compare.load(first, [where])) for where in (("seed", "0"), ("seed!", "0"), ("seed!", "1"))] == [1, 0, 1]
