@@ -153,7 +153,7 @@ class Text:
         return rows[:, :-1], rows[:, 1:]
 
     def validation(self):
-        """The first val_tokens tokens, each predicted once. The last row is padded, with targets of -100."""
+        """After the first token, the next val_tokens, each predicted once. The last row is padded, with targets of -100."""
         tokens = torch.from_numpy(self.val[:self.val_tokens + 1].astype(np.int64))
         padding = (0, -(len(tokens) - 1) % self.block_size)
         idx = torch.nn.functional.pad(tokens[:-1], padding).view(-1, self.block_size)
@@ -165,7 +165,7 @@ class Text:
 
 # ---- Prompts and completions -----------------------------------------------------------------------------------------
 FIELDS = ("prompt", "completion"), ("instruction", "input", "output"), ("instruction", "output"), ("query", "response")
-HELD_OUT = 20  # without validation files, one line or document in 20 is held out: the first, the 21st, ...
+HELD_OUT = 20  # without validation files, one line or document in 20 is held out: the 1st, the 21st, ...
 
 
 def read_pairs(paths):
@@ -323,11 +323,11 @@ def read_documents(paths):
 
 
 def hold_out(texts):
-    """(text, held_out): every 20th text is held out for validation, or the last 20th of a single one."""
-    first = list(itertools.islice(texts, 2))
-    if len(first) == 1:
-        text, cut = first[0], len(first[0]) - len(first[0]) // HELD_OUT
-        return [(text[:cut], False), (text[cut:], True)]
+    """(text, held_out): every 20th text is held out for validation, or the last 20th of each if there are fewer."""
+    first = list(itertools.islice(texts, HELD_OUT))
+    if len(first) < HELD_OUT:
+        cuts = [(text, len(text) - len(text) // HELD_OUT) for text in first]
+        return [part for text, cut in cuts for part in ((text[:cut], False), (text[cut:], True))]
     return ((text, i % HELD_OUT == 0) for i, text in enumerate(itertools.chain(first, texts)))
 
 

@@ -145,7 +145,7 @@ class GPT(nn.Module):
         foreign = f"{name_or_path} is not a GPT-2 checkpoint, as the model.pt of train.py --export is one"
         if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in state.items()):
             raise ValueError(f"{foreign}: it is no dict of named tensors")
-        noted = getattr(state, "n_head", None)
+        noted = state.n_head if type(getattr(state, "n_head", None)) is int else None
         state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()
                  if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask
         head = state.pop("lm_head.weight", None)
@@ -158,9 +158,9 @@ class GPT(nn.Module):
         if head is not None and not torch.equal(head.float(), state["wte.weight"].float()):
             raise ValueError(f"{name_or_path}: lm_head.weight is not wte.weight, and this GPT has one weight for both")
         (vocab_size, n_embd), block_size = state["wte.weight"].shape, len(state["wpe.weight"])
-        n_head = n_head or (noted if type(noted) is int else {768: 12, 1024: 16, 1280: 20, 1600: 25}.get(n_embd))
-        if n_head is None:
-            raise ValueError(f"{name_or_path} does not say how many attention heads it has: give n_head")
+        n_head = n_head or noted or {768: 12, 1024: 16, 1280: 20, 1600: 25}.get(n_embd)
+        if not n_head or noted and noted != n_head:
+            raise ValueError(f"{name_or_path} has {noted or 'unknown'} attention heads, n_head is {n_head}: correct it")
         n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})
         with torch.device("meta"):  # shapes only: random weights would be replaced at once
             model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout))

@@ -4,7 +4,7 @@ A frozen weight W0 (d outputs, k inputs) gets a trainable update ΔW. LoRA spend
 matrices, MoRA at most as many on one square matrix M, between two operators that have none:
 
     LoRA   h = W0 x + (alpha / r) B A x             A: r x k,  B: d x r                      rank of ΔW: at most r
-    MoRA   h = W0 x + decompress(M compress(x))     M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))    at most r̂, or min(k, d)
+    MoRA   h = W0 x + decompress(M compress(x))     M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))    at most r̂ (rows: min(k, d))
 
 compress turns k inputs into r̂ numbers, or rows of r̂ numbers; decompress spreads the results over d outputs. Both are
 linear, so ΔW is a matrix and merges into W0 exactly. In the code k is `in_features`, d `out_features`, r `rank`, r̂
@@ -166,7 +166,8 @@ class Rotation(Decoupling):
 
 class Overlap(Operator):
     """Not in the paper: J = `copies` random Sharings of the same M at once, ΔW = Σ Dⱼ M Cⱼ / sqrt(J). So each input is
-    in J groups, and an entry of ΔW is a sum of J entries of M. Its rank is at most J (r̂ - 1) + 1.
+    in J groups, and an entry of ΔW is a sum of J entries of M. Its rank is at most J (r̂ - 1) + 1, since the columns of
+    every Dⱼ add up to the same vector of ones.
     """
 
     def __init__(self, in_features, out_features, size, copies=4):
@@ -445,7 +446,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, adapter in find_adapters(model).items():
         description = f"{type(adapter).__name__}({adapter.extra_repr()})".encode()
         tensors = adapter.state_dict() | {"description": torch.tensor([*description], dtype=torch.uint8)}
-        state |= {f"{name}.{key}": tensor for key, tensor in tensors.items() if not key.startswith("linear.")}
+        state |= {f"{name}.{key}".removeprefix("."): tensor for key, tensor in tensors.items() if key[:7] != "linear."}
     return state
 
 
@@ -461,7 +462,7 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) and not tensor.is_meta
                                               and tensor.layout == torch.strided for tensor in state.values()):
         raise ValueError("the state is not a dict of dense tensors, as adapter_state_dict makes it")
-    for key in sorted(expected.keys() | state.keys(), key=lambda key: ("description" not in key, key)):
+    for key in sorted(expected.keys() | state.keys(), key=lambda key: ("description" not in str(key), str(key))):
         ours, saved = (describe(tensors[key]) if key in tensors else "absent" for tensors in (expected, state))
         if ours != saved:
             raise ValueError(f"{key} is {saved} in the state, and {ours} in the model")
@@ -475,18 +476,17 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module
 
 
 def fast_forward(layer, x):
-    """(W0 + ΔW) x + bias as one matrix product, at close to the frozen layer's cost; as Adapter.forward has it where
-    tokens are too few to build ΔW for, dropout gives W0 and ΔW different x, or a part is not what it was.
-    """
+    """(W0 + ΔW) x + bias as one product; as Adapter.forward has it where that costs more or is not the same."""
     linear, operator, k = layer.linear, layer.operator, layer.in_features
     side = operator.rows * layer.size if is_decoupling(operator) else k  # building ΔW costs about side²
     few = 2 * x.numel() < k * min(k, layer.out_features) or 4 * x.numel() < side**2
-    changes = [value for part in (linear, layer.dropout, operator) for name, value in vars(part).items()
+    altered = [value for part in (linear, layer.dropout, operator) for name, value in vars(part).items()
                if name == "forward" or name.endswith("_hooks")] + [p.requires_grad for p in linear.parameters()]
-    plain = type(linear) is nn.Linear and type(layer.dropout) is nn.Dropout and not any(changes)
+    plain = (type(linear), type(layer.dropout), type(layer).update, type(operator).forward) == (
+        nn.Linear, nn.Dropout, MoRALinear.update, Operator.forward) and not any(altered)
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func, which may want more
     if not layer.fast or few or not plain or transformed or layer.dropout.training and layer.dropout.p > 0:
-        return Adapter.forward(layer, x)
+        return Adapter.forward(layer, x)  # dropout gives W0 and ΔW different x
     return MergedProduct.apply(x, layer.M, linear.weight, linear.bias, operator)
 
 
@@ -540,7 +540,7 @@ def fast_compress(operator, x):
 
 
 def fast_decompress_transposed(operator, g, z_shape):
-    """The gradient of z (tokens, *z_shape) from that of the outputs (tokens, d)."""
+    """The gradient of z (tokens, *z_shape) from that of the outputs (tokens, d), by decompressᵀ, its vjp at any z."""
     if g.device.type == "cuda" and isinstance(operator, Sharing):
         return g @ operator.decompress(torch.eye(operator.size, dtype=g.dtype, device=g.device)).T
     return torch.vmap(torch.func.vjp(operator.decompress, g.new_zeros(z_shape))[1])(g)[0]

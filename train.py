@@ -46,7 +46,7 @@ def evaluate(model, dataset):
 
     A token is right if it is the likeliest after the true ones before it, so a row with all targets right is what
     greedy decoding would write: exact_match is the fraction of such rows, char_accuracy that of right hex digits.
-    bits is how many of the 122 random ones in each UUID the model knows: what the cross entropy leaves of them.
+    bits is how many the model knows of the values, in all: 122 random ones in each UUID, less their cross entropy.
     """
     sums = collections.Counter()
     for idx, targets in dataset.validation():
@@ -137,7 +137,7 @@ def adapt(model, config):
     if config.method == "full":
         return model
     options = {"groups": config.groups} if config.groups else {"fold": True} if config.fold else {}
-    options |= {} if config.operator else {"alpha": config.alpha, "rslora": config.rslora}  # runs() has MoRA's operator
+    options |= {} if config.operator else {"alpha": config.alpha, "rslora": config.rslora}  # only MoRA has operators
     options["dropout"] = config.dropout
     mora.add_adapters(model, config.method, config.rank, config.operator, config.targets, **options)
     if config.init == "scratch":
@@ -532,8 +532,9 @@ def request_stop(number, frame):
 
 def on_signals(handler):
     stop_requests.clear()
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-        signal.signal(getattr(signal, name), handler)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP, and nohup ignores it
+        if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), handler)
 
 
 def stop_requested():
@@ -658,8 +659,7 @@ def run(config, base, tokenizer, device_name):
             write(folder / "adapter.pt", lambda file: torch.save(mora.adapter_state_dict(model), file))
         if config.export:
             write(folder / "model.pt", (mora.merge_adapters(model) if config.method != "full" else model).export)
-        text = json.dumps(results, indent=1, allow_nan=False)
-        write(folder / "results.json", lambda file: file.write(text.encode()))
+        write(folder / "results.json", lambda file: file.write(json.dumps(results, indent=1, allow_nan=False).encode()))
     return results
 
 
@@ -772,7 +772,7 @@ def run_all(argv):
 
 
 def main(argv=None):
-    """Run the command line and end with status 0, 2 for wrong input, 130 if stopped."""
+    """Run the command line and end with status 0, 2 for wrong input or if a run diverged, 130 if stopped."""
     try:
         on_signals(signal.default_int_handler)
         status = run_all(sys.argv[1:] if argv is None else argv)

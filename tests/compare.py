@@ -30,8 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import controls
 import data
-import mora
 import train
 from model import load_file
 
@@ -64,8 +64,8 @@ def results_table(results):
     others = {other for _, (_, other) in groups}
     for (setting, (_, other)), group in groups.items():
         figures = [train.columns(result) for result in group]
-        cells = {name: over_seeds([some[name] for some in figures]) for name in figures[0]
-                 if all(name in some for some in figures)}
+        cells = {name: over_seeds([some[name] for some in figures]) if all(name in some for some in figures) else "-"
+                 for name in figures[0]}
         if more := sorted(words[setting] - set.intersection(*words.values())):
             cells["options"] = " ".join(more)
         cells |= {"other rate": f"{other:g}"} if len(others) > 1 and other is not None else {}
@@ -82,7 +82,7 @@ def score(result):
 def at_best_rate(results):  # exercise 23
     """Of every setting, the results at its best learning rate: by the last accuracy, or loss, in the mean over seeds.
 
-    A rate that lacks a seed which another rate of the setting has, because its run diverged, is not compared. A tie
+    A rate that lacks a seed which another rate of the setting has, as where a run diverged, is not compared. A tie
     goes to the rate that comes first.
     """
     settings = collections.defaultdict(dict)
@@ -128,7 +128,7 @@ def update_spectra(folder):
         noise = s[:, :1] * max(updates[0].shape) * torch.finfo(s.dtype).eps
         share = s / s.sum(1, keepdim=True).clamp_min(1e-30)
         measures = {"rank": (s > noise).sum(1), "above 0.1": (s > 0.1).sum(1),
-                    "effective rank": torch.special.entr(share).sum(1).exp(),
+                    "effective rank": torch.special.entr(share).sum(1).exp() * share.sum(1),  # 0 of zeros
                     "stable rank": (s / s[:, :1].clamp_min(1e-30)).square().sum(1)}
         means = {name: values.float().mean().item() for name, values in measures.items()}
         spectra[kind] = means | {"s": s.mean(0).tolist()}
@@ -165,8 +165,19 @@ def draw(panels, path, **axes_settings):
     print(f"drawn: {path}")
 
 
+def check_lines(results, *several):
+    """ValueError where a picture would have one line for several settings, apart from the options `several`."""
+    settings = {}
+    for (setting, _), group in by_setting(results).items():
+        setting = re.sub(rf" --({'|'.join(several)}) \S+", "", setting)
+        label = group[0]["label"]
+        if settings.setdefault(label, setting) != setting:
+            raise ValueError(f"a picture has one line for {label}, of which there are several settings: see --where")
+
+
 def draw_curves(results, path):
     """Accuracy, or held-out loss, by step: a panel for each rank, the mean and standard deviation over seeds."""
+    check_lines(results)
     accurate = "char_accuracy" in results[0]["metrics"]
     metric, scale, ylabel = ("char_accuracy", 100, "hex digits right, %") if accurate else (
         "val_loss", 1, "held-out loss, nats per token")
@@ -189,6 +200,9 @@ def draw_curves(results, path):
 
 def draw_bits(results, path):
     """The bits of values that a model holds over those it was asked to, both per trainable parameter."""
+    check_lines(results, "n_pairs", "max_steps")
+    for n_pairs in {result["config"]["n_pairs"] for result in results}:
+        check_lines([result for result in results if result["config"]["n_pairs"] == n_pairs])
     lines = collections.defaultdict(dict)
     for result in results:
         asked, held = 122 * result["config"]["n_pairs"], result["metrics"]["bits"]
@@ -231,7 +245,7 @@ csv.field_size_limit(10**9)
 
 
 def command(config):
-    """What makes a run again: its options, but for those that have their defaults, and for where it was."""
+    """What makes a run again: its rank, rate and seed, and options that have not their defaults."""
     of_the_machine = {"task", "inputs", "out_dir", "cache_dir", "device", "dtype", "compile", "resume"}
     options = {train.FLAGS.get(name, name): value for name, value in config.items() if name not in of_the_machine}
     task = [config["task"], *["--data", __file__] * (config["task"] in ("text", "pairs"))]
@@ -243,7 +257,7 @@ def command(config):
         if name in default and value is not None and (name == "methods" or value != default[name]):
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
             words += [f"--no-{name}" if value is False else f"--{name}", *(shlex.quote(str(each)) for each in values)]
-        if name in ("methods", "operator") and value not in (None, *train.METHODS, *mora.OPERATORS):
+        if name in ("methods", "operator") and value in (*controls.METHODS, *controls.OPERATORS):
             script = "tests/controls.py"
     return " ".join(["python", script, config["task"], *words])
 
@@ -366,6 +380,7 @@ def compare(args):
     if args.bits:
         draw_bits(best, args.bits)
     if args.spectra:
+        check_lines(best)
         first = [group[0] for group in by_setting(best).values()]
         try:
             spectra = {result["label"]: update_spectra(result["folder"]) for result in first}
@@ -377,4 +392,5 @@ def compare(args):
 
 
 if __name__ == "__main__":
+    controls.add()
     main()

@@ -129,7 +129,7 @@ class SignedOverlap(mora.Overlap):
 
 
 class ByInputs:
-    """A learning rate for each layer by its inputs, as a factor before M is under Adam: less where k > d."""
+    """x times min(1, d / k). Under Adam a factor before M is a learning rate: so M has a lower one where k > d."""
 
     def compress(self, x):
         return super().compress(x) * min(1, self.out_features / self.in_features)

@@ -35,7 +35,7 @@ def make(label, k, d, rank):
 
 
 def updates(axes):
-    """ΔW of each operator (24 x 24) and of LoRA, with as many parameters: r = 1, r̂ = 6."""
+    """ΔW of each operator (24 x 24) and of LoRA, within the same budget: r = 1, r̂ = 6."""
     pictures = [make(label, 24, 24, 1).delta_weight().detach() for label in LAYERS]
     for axis, label, picture in zip(axes, LAYERS, pictures):
         axis.imshow(picture, cmap="RdBu", vmin=-2.5, vmax=2.5)
@@ -73,7 +73,7 @@ def schedule(axes):
 
 
 def spectra(axes):
-    """Singular values of updates with as many parameters (128 x 128, r = 4), and of a matrix in which all are free."""
+    """Singular values of updates of one budget (128 x 128, r = 4), and of a matrix in which all are free."""
     axis, = axes
     for label in (*LAYERS, "full"):
         update = torch.randn(128, 128) if label == "full" else make(label, 128, 128, 4).delta_weight().detach()

@@ -490,6 +490,14 @@ def test_a_single_document_is_cut(tmp_path):
         assert (tokens_of(train), tokens_of(val)) == (plain_tokens(["x" * 95]), plain_tokens(["y" * 5]))
 
 
+@pytest.mark.parametrize("n", [2, 19])
+def test_each_of_a_few_documents_is_cut(tmp_path, n):
+    paths = [write(tmp_path / f"{i:02}.txt", chr(97 + i) * 40) for i in range(n)]
+    [train], val = data.text_tokens(paths, None, BYTES, tmp_path)
+    assert tokens_of(train) == plain_tokens(chr(97 + i) * 38 for i in range(n))
+    assert tokens_of(val) == plain_tokens(chr(97 + i) * 2 for i in range(n))
+
+
 @pytest.mark.parametrize("damage", [
     lambda content: content[:-1], lambda content: content[:len(content) // 2], lambda content: b"",
     lambda content: bytes(len(content)), lambda content: content[:100] + b"\xff\xff" + content[102:],

@@ -781,7 +781,10 @@ def test_second_derivatives_by_torch_func():
     lambda layer: layer.dropout.register_forward_hook(lambda module, inputs, output: 2 * output),
     lambda layer: setattr(layer, "dropout", nn.Identity()),
     lambda layer: setattr(layer, "dropout", nn.LeakyReLU(0.5)),
-    lambda layer: setattr(layer.operator, "forward", lambda x, M: x @ M)])
+    lambda layer: setattr(layer.operator, "forward", lambda x, M: x @ M),
+    lambda layer: setattr(layer, "__class__", type("Own", (MoRALinear,), {"update": lambda self, x: 2 * x @ self.M})),
+    lambda layer: setattr(layer.operator, "__class__", type("Own", (type(layer.operator),), {
+        "forward": lambda self, x, M: x @ M}))])
 def test_changed_parts_count_for_any_number_of_tokens(change):
     _, layer = adapted(12, 12, 12)
     change(layer)
@@ -937,6 +940,12 @@ def test_save_and_load(options):
     assert all(torch.equal(state[key], expected[key]) for key in expected), "after a merge, the two differ"
 
 
+def test_a_layer_by_itself_is_saved_and_loaded():
+    (_, saved), (_, loaded) = adapted(6, 5), adapted(6, 5)
+    load_adapters(loaded, adapter_state_dict(saved))
+    assert torch.equal(loaded.M, saved.M) and saved.M.any()
+
+
 @pytest.mark.parametrize("saved, own", [
     (dict(operator="truncation"), dict(operator="sharing")), (dict(operator="decoupling"), dict(operator="rotation")),
     (dict(operator="decoupling"), dict(operator="truncation")), (dict(fold=True), dict(fold=False)),
@@ -957,6 +966,7 @@ def test_loading_into_another_kind_of_model(saved, own):
     ("blocks.1.down.operator.out_group", None), ("blocks.1.down.operator.out_group", torch.zeros(3).long())])
 def test_loading_names_what_does_not_fit(key, value):
     state, model = adapter_state_dict(adapted_net(seed=1, operator="sharing")), adapted_net(seed=2, operator="sharing")
+    assert_error(model, lambda: load_adapters(model, state | {7: torch.zeros(3)}), "7")
     state[key] = value
     state = {key: tensor for key, tensor in state.items() if tensor is not None}
     assert_error(model, lambda: load_adapters(model, state), key)

@@ -277,6 +277,16 @@ def table(text, method):
     return rows
 
 
+def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    for before, count in ((signal.SIG_DFL, 3), (signal.SIG_IGN, 2)):
+        monkeypatch.setattr(signal, "getsignal", lambda number: before)
+        handlers.clear()
+        train.on_signals(print)
+        assert (len(handlers), signal.SIGHUP in handlers) == (count, count == 3)
+
+
 def test_compare_gives_means_over_seeds_and_draws_if_it_can(base, tmp_path, capsys, monkeypatch):
     assert cli("uuid", "--init", base, *FOUR_PAIRS, "--methods", "lora", "mora", "--rank", 2, 4, "--seed", 0, 1,
                "--max_steps", 4, "--out_dir", tmp_path) == 0
@@ -327,32 +337,39 @@ def test_kept_runs_are_neither_lost_nor_mixed(finished, tmp_path, capsys, monkey
         assert error.startswith("compare.py: error: ") and error.count("\n") == 1
         return error
 
-    first, table = next(finished[1].glob("uuid-*")), tmp_path / "kept.csv"
+    first, kept = next(finished[1].glob("uuid-*")), tmp_path / "kept.csv"
     more = ["--targets", "c_attn", "c_fc", "--alpha", 0, "--no-fast"]
     assert cli(*finished[0], *more, "--seed", 1, "--out_dir", tmp_path) == 0
     second = next(tmp_path.glob("uuid-*"))
     capsys.readouterr()
-    compare.main([str(first), str(second), "--keep", str(table)])
+    compare.main([str(first), str(second), "--keep", str(kept)])
     said = capsys.readouterr().out
     assert said.count("| lora r2 |") == 2 and "--alpha 0" in said, "other options are no other seed"
-    one, other = compare.load(table)
+    one, other = compare.load(kept)
     assert "--alpha 0" in compare.results_table([one, other | {"label": "other"}]), "nor are those of another name"
     compare.main([str(first), str(second), "--where", "seed=1"])
     assert capsys.readouterr().out.count("| lora r2 |") == 1
     assert [len(compare.load(first, [where])) for where in (("seed", "0"), ("seed!", "0"), ("seed!", "1"))] == [1, 0, 1]
     assert [len(compare.load(first, [("command" + no, "*--seed 0*")])) for no in ("", "!")] == [1, 0]
-    before = table.read_text()
+    for picture in ("--curves", "--bits", "--spectra"):
+        assert "several settings" in compare_says(first, second, picture, tmp_path / "p.png"), "not one line for both"
+    few = dict(other, metrics={name: value for name, value in other["metrics"].items() if name != "bits"})
+    pooled, = table(compare.results_table([dict(one, command=""), dict(few, command="")]), "lora r2")
+    assert (pooled["bits / parameter"], pooled["seeds"]) == ("-", "2"), "not the figure of the one that has it"
+    compare.main([str(second), "--spectra", str(tmp_path / "p.png")])
+    assert re.search(r"mlp.c_proj( +\| 0\.0){4} ", capsys.readouterr().out), "an untouched layer has no rank"
+    before = kept.read_text()
     assert all(option in before for option in ("--targets c_attn c_fc --", "--alpha 0.0", "--no-fast", "--seed 1"))
     for wrong in ("rows,notes\n1,2\n", "", before.replace("seed,", "seeds,", 1), before + "a,b\n", "notes",
                   before.replace('"[', '"[['), re.sub('"\\[.*?\\]"', "[]", before)):
-        table.write_text(wrong)
-        for words in ([first, "--keep", table], [table]):
-            assert "kept.csv" in compare_says(*words) and table.read_text() == wrong, "what is no such table stays"
+        kept.write_text(wrong)
+        for words in ([first, "--keep", kept], [kept]):
+            assert "kept.csv" in compare_says(*words) and kept.read_text() == wrong, "what is no such table stays"
     assert ".csv" in compare_says(first, "--keep", tmp_path / "table") and not (tmp_path / "table").exists()
-    table.write_text(before)
-    assert "n_pairs" in compare_says(table, "--where", "pairs=4")
-    assert "kept.csv" in compare_says(table, "--where", "seed=9")
-    assert "folders" in compare_says(table, "--spectra", tmp_path / "s.png")
+    kept.write_text(before)
+    assert "n_pairs" in compare_says(kept, "--where", "pairs=4")
+    assert "kept.csv" in compare_says(kept, "--where", "seed=9")
+    assert "folders" in compare_says(kept, "--spectra", tmp_path / "s.png")
     for key, value in (("rows", []), ("trainable_parameters", 0), ("config", None), ("metrics", {"bits": 10**400})):
         results = json.loads((second / "results.json").read_text())
         (second / "results.json").write_text(json.dumps(results | {key: value}))
