@@ -153,7 +153,7 @@ class Text:
         return rows[:, :-1], rows[:, 1:]
 
     def validation(self):
-        """After the first token, the next val_tokens, each predicted once. The last row is padded, with targets of -100."""
+        """The val_tokens after the first token, each predicted once. The last row is padded, with targets of -100."""
         tokens = torch.from_numpy(self.val[:self.val_tokens + 1].astype(np.int64))
         padding = (0, -(len(tokens) - 1) % self.block_size)
         idx = torch.nn.functional.pad(tokens[:-1], padding).view(-1, self.block_size)

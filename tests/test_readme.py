@@ -100,7 +100,8 @@ def folder(tmp_path_factory):
     pairs = "".join(json.dumps({"prompt": f"{i} + 1 =", "completion": str(i + 1)}) + "\n" for i in range(40))
     for name, content in {"articles.jsonl": text, "new.jsonl": text, "old.txt": text, "pairs.jsonl": pairs}.items():
         (folder / name).write_text(content)
-    models = "gpt2", *(f"out/{run}/model.pt" for run in ("NAME", "text-full-lr0.01-seed0", "uuid-full-lr1e-09-seed0"))
+    runs = "NAME", "wikitext/text-full-lr0.01-seed0", "uuid-full-lr1e-09-seed0"
+    models = "gpt2", *(f"out/{run}/model.pt" for run in runs)
     for name in ("c4/en/c4", *models):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     for name in ("c4/en/c4-train.00000-of-01024.json.gz", "c4/en/c4-validation.00000-of-00008.json.gz", "pmc.jsonl.gz",
