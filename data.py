@@ -165,7 +165,7 @@ class Text:
 
 # ---- Prompts and completions -----------------------------------------------------------------------------------------
 FIELDS = ("prompt", "completion"), ("instruction", "input", "output"), ("instruction", "output"), ("query", "response")
-HELD_OUT = 20  # without validation files, one line or document in 20 is held out: the 1st, the 21st, ...
+HELD_OUT = 20  # without validation files, the 1st, 21st, ... line or document is held out, or the end of each of a few
 
 
 def read_pairs(paths):
@@ -327,7 +327,7 @@ def hold_out(texts):
     first = list(itertools.islice(texts, HELD_OUT))
     if len(first) < HELD_OUT:
         cuts = [(text, len(text) - len(text) // HELD_OUT) for text in first]
-        return [part for text, cut in cuts for part in ((text[:cut], False), (text[cut:], True))]
+        return [part for text, cut in cuts for part in ((text[:cut], False), (text[cut:], True)) if part[0]]
     return ((text, i % HELD_OUT == 0) for i, text in enumerate(itertools.chain(first, texts)))
 
 

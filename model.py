@@ -138,7 +138,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_path: str, n_head: int | None = None, dropout: float = 0.0) -> "GPT":
         """A GPT with OpenAI's weights ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl": downloaded once) or those of a
         local file: a state dict written by torch.save with GPT-2's names, with or without the prefix "transformer.".
-        The configuration is read off the shapes; the number of heads is `n_head`, what `export` noted, or GPT-2's for
+        The configuration is read off the shapes; the number of heads is what `export` noted, `n_head`, or GPT-2's for
         its width. ValueError says what does not fit.
         """
         state = load_checkpoint(name_or_path)
@@ -160,7 +160,7 @@ class GPT(nn.Module):
         (vocab_size, n_embd), block_size = state["wte.weight"].shape, len(state["wpe.weight"])
         n_head = n_head or noted or {768: 12, 1024: 16, 1280: 20, 1600: 25}.get(n_embd)
         if not n_head or noted and noted != n_head:
-            raise ValueError(f"{name_or_path} has {noted or 'unknown'} attention heads, n_head is {n_head}: correct it")
+            raise ValueError(f"{name_or_path}: n_head must be {noted or 'given'}, not {n_head}")
         n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})
         with torch.device("meta"):  # shapes only: random weights would be replaced at once
             model = cls(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout))

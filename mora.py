@@ -3,8 +3,8 @@
 A frozen weight W0 (d outputs, k inputs) gets a trainable update ΔW. LoRA spends (k + d) r parameters on two thin
 matrices, MoRA at most as many on one square matrix M, between two operators that have none:
 
-    LoRA   h = W0 x + (alpha / r) B A x             A: r x k,  B: d x r                      rank of ΔW: at most r
-    MoRA   h = W0 x + decompress(M compress(x))     M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))    at most r̂ (rows: min(k, d))
+    LoRA   h = W0 x + (alpha / r) B A x          A: r x k,  B: d x r                     rank of ΔW: at most r
+    MoRA   h = W0 x + decompress(M compress(x))  M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))   at most r̂ (rows: min(k, d))
 
 compress turns k inputs into r̂ numbers, or rows of r̂ numbers; decompress spreads the results over d outputs. Both are
 linear, so ΔW is a matrix and merges into W0 exactly. In the code k is `in_features`, d `out_features`, r `rank`, r̂
@@ -446,7 +446,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, adapter in find_adapters(model).items():
         description = f"{type(adapter).__name__}({adapter.extra_repr()})".encode()
         tensors = adapter.state_dict() | {"description": torch.tensor([*description], dtype=torch.uint8)}
-        state |= {f"{name}.{key}".removeprefix("."): tensor for key, tensor in tensors.items() if key[:7] != "linear."}
+        state |= {f"{name}.{key}".lstrip("."): value for key, value in tensors.items() if not key.startswith("linear.")}
     return state
 
 

@@ -169,7 +169,8 @@ def check_lines(results, *several):
     """ValueError where a picture would have one line for several settings, apart from the options `several`."""
     settings = {}
     for (setting, _), group in by_setting(results).items():
-        setting = re.sub(rf" --({'|'.join(several)}) \S+", "", setting)
+        for name in several:
+            setting = re.sub(rf" --{name} \S+", "", setting)
         label = group[0]["label"]
         if settings.setdefault(label, setting) != setting:
             raise ValueError(f"a picture has one line for {label}, of which there are several settings: see --where")

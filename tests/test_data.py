@@ -496,6 +496,8 @@ def test_each_of_a_few_documents_is_cut(tmp_path, n):
     [train], val = data.text_tokens(paths, None, BYTES, tmp_path)
     assert tokens_of(train) == plain_tokens(chr(97 + i) * 38 for i in range(n))
     assert tokens_of(val) == plain_tokens(chr(97 + i) * 2 for i in range(n))
+    short = list(data.hold_out(["0123456789"] * n))
+    assert not any(held_out for _, held_out in short), "what is too short to be cut leaves no end tokens to predict"
 
 
 @pytest.mark.parametrize("damage", [

@@ -353,6 +353,8 @@ def test_kept_runs_are_neither_lost_nor_mixed(finished, tmp_path, capsys, monkey
     assert [len(compare.load(first, [("command" + no, "*--seed 0*")])) for no in ("", "!")] == [1, 0]
     for picture in ("--curves", "--bits", "--spectra"):
         assert "several settings" in compare_says(first, second, picture, tmp_path / "p.png"), "not one line for both"
+    with pytest.raises(ValueError, match="several settings"):  # as many pairs, and not as many passes
+        compare.draw_bits([one, dict(one, command=one["command"] + " --max_steps 7")], tmp_path / "p.png")
     few = dict(other, metrics={name: value for name, value in other["metrics"].items() if name != "bits"})
     pooled, = table(compare.results_table([dict(one, command=""), dict(few, command="")]), "lora r2")
     assert (pooled["bits / parameter"], pooled["seeds"]) == ("-", "2"), "not the figure of the one that has it"
