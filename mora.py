@@ -187,8 +187,7 @@ class Overlap(Operator):
         return sum(y) / math.sqrt(self.copies)  # (..., J, r̂) -> (..., d)
 
 
-OPERATORS = {"truncation": Truncation, "sharing": Sharing, "decoupling": Decoupling, "rotation": Rotation,
-             "overlap": Overlap}
+OPERATORS = dict(truncation=Truncation, sharing=Sharing, decoupling=Decoupling, rotation=Rotation, overlap=Overlap)
 
 
 # ---- The layers: a frozen nn.Linear and a trainable update -----------------------------------------------------------
@@ -451,9 +450,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
-    """Load what `adapter_state_dict` saved into a model with the same adapters. ValueError, and nothing loaded, if
-    anything differs.
-    """
+    """Load what `adapter_state_dict` saved. ValueError, and nothing loaded, if the model's adapters are others."""
     def describe(tensor):
         text = bytes(tensor.tolist()).decode(errors="replace") if tensor.dtype == torch.uint8 else tuple(tensor.shape)
         return f"{'float' if tensor.is_floating_point() else tensor.dtype} {text}".removeprefix("torch.uint8 ")
@@ -471,8 +468,7 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module
 
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------
-# The rest may be deleted, with MoRALinear.forward: results change by rounding only. All of it follows from compress and
-# decompress, so an operator of your own is fast as well.
+# The rest may be deleted, with MoRALinear.forward: results change by rounding only. Your own operators are fast too.
 
 
 def fast_forward(layer, x):
@@ -521,7 +517,11 @@ class MergedProduct(torch.autograd.Function):
 
 
 def fast_merged_weight(operator, M, weight):
-    """W0 + ΔW (d, k) as merging adds them. With x = I, Decoupling's z is block diagonal."""
+    """W0 + ΔW (d, k) as merging adds them. Sharing's ΔW copies M; with x = I, Decoupling's z is block diagonal."""
+    if type(operator) in (Sharing, Overlap):
+        sharings = getattr(operator, "sharings", (operator,))
+        copies = [M[sharing.out_group].index_select(1, sharing.in_group) for sharing in sharings]
+        return (weight + sum(copies) / math.sqrt(len(copies))).to(weight.dtype)
     k, eye = operator.in_features, functools.partial(torch.eye, dtype=M.dtype, device=M.device)
     with torch.autocast(M.device.type, enabled=False):
         if is_decoupling(operator):

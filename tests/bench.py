@@ -204,8 +204,8 @@ def results(layer, x, g):
 
 
 def bench_layers(args):
-    """Tables of methods by shapes: time as a multiple of the frozen layer's and of LoRA's, and memory. The last rows
-    are not what users get, but what one product is worth.
+    """Tables of methods by shapes: time as a multiple of the frozen layer's and of LoRA's, memory, and FLOPs beyond the
+    frozen layer's, per token and parameter of LoRA. The last rows are no options, but show what one product is worth.
     """
     on_gpu = args.device.type == "cuda"
     shapes = [(768, 768), (768, 2304), (768, 3072), (3072, 768)]
@@ -220,10 +220,10 @@ def bench_layers(args):
             measured = {}
             with left_out_if_too_large(case):
                 measured = measure_layers(*sizes, compiled, args)
-            for name, (seconds, (what, megabytes)) in measured.items():
+            for name, (seconds, (what, megabytes), flops) in measured.items():
                 frozen, lora = (seconds / measured[other][0] for other in ("frozen", "lora"))
                 cells = {"layer": f"{1e3 * seconds:.1f} ms" if name == "frozen" else f"{frozen:.2f}",
-                         "of lora": f"{lora:.2f}", what: f"{megabytes:,.1f}"}
+                         "of lora": f"{lora:.2f}", what: f"{megabytes:,.1f}", "more FLOPs": f"{flops:.1f}"}
                 for title, cell in cells.items():
                     title += ", compiled" * compiled
                     tables.setdefault(title, {}).setdefault(name, {title: name})[case] = cell
@@ -234,7 +234,7 @@ def bench_layers(args):
 
 
 def measure_layers(k, d, rank, compiled, args):
-    """Of forward and backward, by the name of the layer: (median seconds, memory)."""
+    """Of forward and backward, by the name of the layer: (median seconds, memory, FLOPs as in bench_layers)."""
     tokens = 32768 if args.device.type == "cuda" else 4096
     x = torch.randn(tokens, k, device=args.device, requires_grad=True)
     g = torch.randn(tokens, d, device=args.device).to(args.dtype)
@@ -253,7 +253,14 @@ def measure_layers(k, d, rank, compiled, args):
     calls = {name: forward_and_backward(torch.compile(layer) if compiled else layer, list(layer.parameters()))
              for name, layer in layers.items()}
     seconds = take_turns(calls, args.device, 2 if args.quick else 8)
-    return {name: (seconds[name], memory(calls[name], layer, args.device)) for name, layer in layers.items()}
+    flops = {}
+    for name, layer in layers.items():
+        with FlopCounterMode(display=False) as counter:
+            forward_and_backward(layer, list(layer.parameters()))()
+        flops[name] = counter.get_total_flops()
+    unit = tokens * rank * (k + d)
+    return {name: (seconds[name], memory(calls[name], layer, args.device), (flops[name] - flops["frozen"]) / unit)
+            for name, layer in layers.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python tests/compare.py out/uuid-*                              the tables
     python tests/compare.py out/uuid-* --curves curves.png          accuracy, or loss, by step
     python tests/compare.py out/c4-* --spectra spectra.png          singular values of the updates, by kind of layer
+    python tests/compare.py out/text-* --forgetting old.png         the loss on --old_data by that on new text
     python tests/compare.py out/uuid-* --keep results.csv           a row for each run, with the command that makes it
     python tests/compare.py results.csv --where task=uuid rank=2    kept runs instead of folders, some of them
     python tests/compare.py results.csv --where rank=1 --bits bits.png       bits held over bits asked
@@ -34,6 +35,7 @@ import controls
 import data
 import train
 from model import load_file
+from mora import merge_adapters
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
@@ -98,7 +100,22 @@ def at_best_rate(results):  # exercise 23
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Spectra
+# Spectra, and what is forgotten
+
+
+def load_run(folder):
+    """A run's config, its base, the trained model, and their tokenizer."""
+    state = load_file(folder / "checkpoint.pt")
+    if state["step"] < state["config"]["max_steps"]:
+        raise ValueError(f"{folder} is being prolonged: --resume finishes it")
+    config = train.Config(**state["config"] | {"device": "cpu"})
+    files = [file for name in ("data", "val_data", "old_data") for file in getattr(config, name) or ()]
+    if os.path.isfile(config.init) and config.inputs != data.fingerprint([*files, config.init]):
+        raise ValueError(f"{folder}: the files that this run read have changed since, among them perhaps its base")
+    base, tokenizer = train.load_base(config)
+    model = train.adapt(copy.deepcopy(base), config)
+    model.load_state_dict(state["model"])
+    return config, base, model, tokenizer
 
 
 @torch.no_grad()
@@ -108,16 +125,7 @@ def update_spectra(folder):
     Means over the layers of a kind: rank, the count above 0.1 (the paper's Figure 5), effective rank (exp of the
     entropy of s / Σ s), stable rank (Σ s² / max s²), and s itself.
     """
-    state = load_file(folder / "checkpoint.pt")
-    if state["step"] < state["config"]["max_steps"]:
-        raise ValueError(f"{folder} is being prolonged: --resume finishes it")
-    config = train.Config(**state["config"] | {"device": "cpu"})
-    files = [file for name in ("data", "val_data", "old_data") for file in getattr(config, name) or ()]
-    if os.path.isfile(config.init) and config.inputs != data.fingerprint([*files, config.init]):
-        raise ValueError(f"{folder}: the files that this run read have changed since, among them perhaps its base")
-    base, _ = train.load_base(config)
-    model = train.adapt(copy.deepcopy(base), config)
-    model.load_state_dict(state["model"])
+    _, base, model, _ = load_run(folder)
     kinds = collections.defaultdict(list)
     for name, layer in base.named_modules():
         if isinstance(layer, torch.nn.Linear):
@@ -140,6 +148,28 @@ def spectrum_table(spectra):
     return train.markdown([{"run": run, "layers": kind} | {name: f"{value:.1f}" for name, value in measures.items()
                                                            if name != "s"}
                            for run, kinds in spectra.items() for kind, measures in kinds.items()])
+
+
+SCALES = 0.25, 0.5, 0.75, 1
+
+
+@torch.no_grad()
+def scaled_losses(folder):
+    """The losses on new and on old text, a pair for each scale, of the base plus so much of what the run added to it.
+    """
+    config, base, model, tokenizer = load_run(folder)
+    if config.task != "text" or not config.old_data:
+        raise ValueError(f"--forgetting is for runs of text with --old_data: {folder} is none")
+    dataset = train.load_dataset(config, tokenizer, base.config.block_size)
+    trained = (merge_adapters(model) if config.method != "full" else model).state_dict()
+    losses = []
+    for scale in SCALES:
+        scaled = {name: torch.lerp(tensor, trained[name], scale) for name, tensor in base.state_dict().items()}
+        model = copy.deepcopy(base)
+        model.load_state_dict(scaled)
+        metrics = train.evaluate(model.eval(), dataset)
+        losses.append((metrics["val_loss"], metrics["old_loss"]))
+    return losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,6 +256,18 @@ def draw_spectra(spectra, path):
         for kind, measures in kinds.items():
             panels[kind][run] = range(len(measures["s"])), measures["s"], None
     draw(panels, path, xlabel="index", ylabel="singular value of ΔW", yscale="log", ylim=(1e-4, None))
+
+
+def draw_forgetting(losses, path):
+    """The loss on old text by that on new text, as more and more of each run's update is added to the base."""
+    panel, rows = {}, []
+    for label, seeds in losses.items():
+        points = [[*zip(*some)] for some in zip(*seeds)]  # for each scale, the new losses of all seeds and the old
+        panel[label] = *zip(*([*map(statistics.mean, both)] for both in points)), None
+        cells = (" / ".join(over_seeds([(loss, 3) for loss in some]) for some in both) for both in points)
+        rows.append({"method": label} | {f"{scale:.0%} of the update": cell for scale, cell in zip(SCALES, cells)})
+    print("\nthe losses on new and on old text\n\n" + train.markdown(rows))
+    draw({"": panel}, path, xlabel="loss on new text", ylabel="loss on old text")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,7 +379,7 @@ def main(argv=None):
     parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="of the runs, only these; "
                         "COLUMN!=VALUE leaves them out, and *, ? and [ab] stand for what they do in a shell")
     parser.add_argument("--keep", type=Path, metavar="CSV", help="put the runs into this table, or back into it")
-    for name in ("curves", "spectra", "bits"):
+    for name in ("curves", "spectra", "forgetting", "bits"):
         parser.add_argument(f"--{name}", type=Path, metavar="PNG")
     args = parser.parse_args(argv)
     try:
@@ -362,8 +404,8 @@ def compare(args):
         raise ValueError(f"these are runs of several tasks: --where task={min(tasks)} takes those of one")
     if args.bits and (tasks != {"uuid"} or not all("bits" in result["metrics"] for result in results)):
         raise ValueError("--bits is for the task uuid")
-    if args.spectra and not all("folder" in result for result in results):
-        raise ValueError("--spectra needs the runs' folders: a table has no weights")
+    if (args.spectra or args.forgetting) and not all("folder" in result for result in results):
+        raise ValueError("--spectra and --forgetting need the runs' folders: a table has no weights")
     if args.keep and args.keep.suffix != ".csv":
         raise ValueError(f"--keep {args.keep}: the table's name has to end in .csv")
     if args.keep:
@@ -381,15 +423,25 @@ def compare(args):
     if args.bits:
         draw_bits(best, args.bits)
     if args.spectra:
-        check_lines(best)
-        first = [group[0] for group in by_setting(best).values()]
-        try:
-            spectra = {result["label"]: update_spectra(result["folder"]) for result in first}
-        except (RuntimeError, LookupError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"a checkpoint.pt is damaged, or of another model ({reason})") from error
+        spectra = of_each_label([group[0] for group in by_setting(best).values()], update_spectra)
+        spectra = {label: first for label, (first, *_) in spectra.items()}
         print("\n" + spectrum_table(spectra))
         draw_spectra(spectra, args.spectra)
+    if args.forgetting:
+        draw_forgetting(of_each_label(best, scaled_losses), args.forgetting)
+
+
+def of_each_label(results, measure):
+    """{label: what `measure` finds in the folder of each seed}."""
+    check_lines(results)
+    found = collections.defaultdict(list)
+    try:
+        for result in results:
+            found[result["label"]].append(measure(result["folder"]))
+        return found
+    except (RuntimeError, LookupError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"a checkpoint.pt is damaged, or of another model ({reason})") from error
 
 
 if __name__ == "__main__":

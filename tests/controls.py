@@ -110,6 +110,12 @@ class ContiguousStrided(FourPairs):
     pairs = mora.Sharing.CYCLE[2:3]
 
 
+class StridedContiguous(FourPairs):
+    """And the fourth."""
+
+    pairs = mora.Sharing.CYCLE[3:]
+
+
 class SignedOverlap(mora.Overlap):
     """Overlap with a random sign for every input and output of a copy: a count sketch."""
 
@@ -154,13 +160,15 @@ def overlap_of(copies):
 METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
 OPERATORS = {
     "aligned": Aligned, "aligned_overlap": AlignedOverlap, "contiguous_strided": ContiguousStrided,
-    "four_pairs": FourPairs, "signed_overlap": SignedOverlap, "overlap_2": overlap_of(2), "overlap_8": overlap_of(8),
-    "sharing_by_inputs": SharingByInputs, "overlap_by_inputs": OverlapByInputs,
+    "strided_contiguous": StridedContiguous, "four_pairs": FourPairs, "signed_overlap": SignedOverlap,
+    "overlap_2": overlap_of(2), "overlap_8": overlap_of(8), "sharing_by_inputs": SharingByInputs,
+    "overlap_by_inputs": OverlapByInputs,
 }
 LEARNING_RATES = {  # as in train.py
     "strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4), "asylora_full": (5e-2, 3e-3, 2e-4),
 } | dict.fromkeys(OPERATORS, train.LEARNING_RATES["overlap"]) | dict.fromkeys(
-    ("aligned", "four_pairs", "contiguous_strided", "sharing_by_inputs"), train.LEARNING_RATES["sharing"])
+    ("aligned", "four_pairs", "contiguous_strided", "strided_contiguous", "sharing_by_inputs"),
+    train.LEARNING_RATES["sharing"])
 
 
 def add():

@@ -660,7 +660,7 @@ def test_validation_does_not_depend_on_batch_or_interval(corpus):
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_continual_pretraining_reports_what_was_forgotten(corpus):
+def test_continual_pretraining_reports_what_was_forgotten(corpus, capsys):
     assert cli("text", *SMALL, "--data", corpus / "text.jsonl", "--methods", "full", "--export",
                "--out_dir", corpus / "first") == 0
     start = next((corpus / "first").glob("*/model.pt"))
@@ -668,11 +668,24 @@ def test_continual_pretraining_reports_what_was_forgotten(corpus):
               "--out_dir", corpus / "second"]
     assert cli("text", "--init", start, "--methods", "full", "mora", "--learning_rate", 1e-2, *common) == 0
     for folder in (corpus / "second").glob("text-*"):
-        table = rows(folder)
-        assert float(table[-1]["val_loss"]) < float(table[0]["val_loss"]) and float(table[-1]["old_loss"]) > 0
+        evaluated = rows(folder)
+        assert float(evaluated[-1]["val_loss"]) < float(evaluated[0]["val_loss"])
     mora_folder = next((corpus / "second").glob("text-mora-*"))
     trained = {name for name in torch.load(mora_folder / "adapter.pt", weights_only=True)}
     assert all(name.split(".")[-1] in ("M", "description") for name in trained), "weights that were given stay frozen"
+    capsys.readouterr()
+    compare.main([*map(str, (corpus / "second").glob("text-*")), "--forgetting", str(corpus / "old.png")])
+    said = capsys.readouterr().out
+    for label in ("full", "mora rotation r8"):
+        ended, scaled = table(said, label)  # the runs' own metrics, then those of a part of the update
+        losses = [[float(loss) for loss in scaled[f"{part} of the update"].split(" / ")] for part in ("50%", "100%")]
+        assert losses[1] == [float(ended["val loss"]), float(ended["old loss"])]
+        before = rows(next((corpus / "second").glob(f"text-{label[:4]}-*")))[0]
+        assert losses[1][0] < losses[0][0] < float(before["val_loss"])
+        assert abs(losses[0][1] - losses[1][1]) > 1e-3, "the old loss is of the part as well"
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([*map(str, (corpus / "first").glob("text-*")), "--forgetting", str(corpus / "old.png")])
+    assert "--old_data" in capsys.readouterr().err
 
 
 def test_pairs_learn_completions(corpus, capsys):
