@@ -265,7 +265,7 @@ def draw_forgetting(losses, path):
         points = [[*zip(*some)] for some in zip(*seeds)]  # for each scale, the new losses of all seeds and the old
         panel[label] = *zip(*([*map(statistics.mean, both)] for both in points)), None
         cells = (" / ".join(over_seeds([(loss, 3) for loss in some]) for some in both) for both in points)
-        rows.append({"method": label} | {f"{scale:.0%} of the update": cell for scale, cell in zip(SCALES, cells)})
+        rows.append({"method": label} | {f"{scale:.0%}": cell for scale, cell in zip(SCALES, cells)})
     print("\nthe losses on new and on old text\n\n" + train.markdown(rows))
     draw({"": panel}, path, xlabel="loss on new text", ylabel="loss on old text")
 

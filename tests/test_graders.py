@@ -46,8 +46,8 @@ OWED = {"three dimensions only": "a, b, *_ = x.shape\nreturn right(x.flatten(0, 
 def planted(name, body):
     """(exercise, {file: source}) with this body in a function, whose solution is right_NAME; or with an operator."""
     if name == "OPERATORS":
-        own = f"class Own(Truncation):\n{textwrap.indent(body, '    ')}\n\n\nOPERATORS = {{'own': Own, "
-        return 24, {"mora.py": PROJECT.sources["mora.py"].replace("\nOPERATORS = {", f"\n{own}")}
+        own = f"class Own(Truncation):\n{textwrap.indent(body, '    ')}\n\n\nOPERATORS = dict(own=Own, "
+        return 24, {"mora.py": PROJECT.sources["mora.py"].replace("\nOPERATORS = dict(", f"\n{own}")}
     part = PARTS[name]
     head, error = exercise.stub(part.text, part.number, part.name).rsplit("\n", 1)
     right = re.sub(r"\bdef ", "def right_", part.text, count=1)

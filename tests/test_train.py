@@ -678,7 +678,7 @@ def test_continual_pretraining_reports_what_was_forgotten(corpus, capsys):
     said = capsys.readouterr().out
     for label in ("full", "mora rotation r8"):
         ended, scaled = table(said, label)  # the runs' own metrics, then those of a part of the update
-        losses = [[float(loss) for loss in scaled[f"{part} of the update"].split(" / ")] for part in ("50%", "100%")]
+        losses = [[float(loss) for loss in scaled[part].split(" / ")] for part in ("50%", "100%")]
         assert losses[1] == [float(ended["val loss"]), float(ended["old loss"])]
         before = rows(next((corpus / "second").glob(f"text-{label[:4]}-*")))[0]
         assert losses[1][0] < losses[0][0] < float(before["val_loss"])
