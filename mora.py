@@ -77,10 +77,10 @@ class Truncation(Operator):
 class Sharing(Operator):
     """Eq. 6: put inputs and outputs into r̂ groups each; add up the inputs of a group, copy one number to its outputs.
 
-    So ΔW[i, j] = M[out_group[i], in_group[j]]. `groups` says which index is in which: "strided" (0 1 2 0 1 2; ΔW is
-    1 ⊗ M where r̂ divides k and d), "contiguous" (0 0 1 1 2 2; M ⊗ 1), "random", a pair of these for inputs and
-    outputs, or "cycle": each `regroup` takes the next pair of CYCLE, as the paper's code does in ReMoRA. Updates merged
-    with the same groups have rank r̂ at most; only new groups raise it. Groups differ in length by at most one.
+    So ΔW[i, j] = M[out_group[i], in_group[j]] (`fast_merged_weight` relies on it). `groups` says which index is in
+    which: "strided" (0 1 2 0 1 2; ΔW is 1 ⊗ M where r̂ divides k and d), "contiguous" (0 0 1 1 2 2; M ⊗ 1), "random", a
+    pair of these for inputs and outputs, or "cycle": each `regroup` takes the next pair of CYCLE, as in the paper's
+    code. Updates merged with the same groups have rank r̂ at most; new ones raise it. Groups differ by one at most.
     """
 
     CYCLE = (("strided", "strided"), ("contiguous", "contiguous"), ("contiguous", "strided"), ("strided", "contiguous"))
