@@ -1,17 +1,16 @@
-"""MoRA: high-rank updating for parameter-efficient fine-tuning (arXiv 2405.12130), with LoRA and its relatives.
+"""MoRA: high-rank updating for parameter-efficient fine-tuning (arXiv 2405.12130), and LoRA.
 
-A frozen weight W0 (d outputs, k inputs) gets a trainable update ΔW. LoRA spends (k + d) r parameters on two thin
-matrices, MoRA at most as many on one square matrix M, between two operators that have none:
+A frozen weight W0 with k inputs and d outputs gets a trainable update ΔW. LoRA's is the product of
+two thin matrices. MoRA spends as many parameters on one square matrix M, between two fixed linear
+maps. After training, W0 + ΔW takes the place of W0, exactly and at no cost.
 
-    LoRA   h = W0 x + (alpha / r) B A x          A: r x k,  B: d x r                     rank of ΔW: at most r
-    MoRA   h = W0 x + decompress(M compress(x))  M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))   at most r̂ (rows: min(k, d))
+    LoRA   h = W0 x + (alpha / r) B A x            A: r x k,  B: d x r                      (Eq. 1)
+    MoRA   h = W0 x + decompress(M compress(x))    M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))    (Eq. 2)
 
-compress turns k inputs into r̂ numbers, or rows of r̂ numbers; decompress spreads the results over d outputs. Both are
-linear, so ΔW is a matrix and merges into W0 exactly. In the code k is `in_features`, d `out_features`, r `rank`, r̂
-`size`; equations are numbered as in MoRA's paper, and `# exercise N` is for tests/EXERCISES.md.
+In the code k is in_features, d out_features, r rank and r̂ size. Equation numbers are the paper's,
+and "# exercise 5" is a mark for tests/exercises.
 """
 
-import collections
 import copy
 import functools
 import math
@@ -20,541 +19,412 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+def square_size(in_features, out_features, rank):  # exercise 5
+    """r̂: M has no more parameters than LoRA's (k + d) r, and is no larger than ΔW itself."""
+    size = math.isqrt((in_features + out_features) * rank)  # rounds down
+    return min(size, in_features, out_features)
 
-def square_size(in_features: int, out_features: int, rank: int) -> int:  # exercise 5
-    """r̂, the side of the largest square matrix within LoRA's budget (k + d) r; more than min(k, d) adds no rank."""
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
-    return min(math.isqrt((in_features + out_features) * rank), in_features, out_features)
-
-
-# ---- The operators. `...` stands for any leading dimensions, such as (batch, length) ---------------------------------
+# ---- The operators -------------------------------------------------------------------------------
+#               ΔW[i, j]                        highest rank   distinct numbers   inputs lost
+#   truncation  M[i, j], zero outside of M      r̂              r̂²                 all but the first r̂
+#   sharing     M[out_group[i], in_group[j]]    r̂              r̂²                 none
+#   decoupling  M in blocks on the diagonal     min(k, d)      r̂²                 some, where k > d
+#   rotation    M Rᵢ in the i-th block          min(k, d)      r̂² in each block   some, where k > d
+# For example, where k = d = 6 and r̂ = 2:
+#   M = 1 2    truncation     sharing        sharing        decoupling     rotation
+#       3 4    1 2 . . . .    (strided)      (contiguous)   1 2 . . . .    1.0 2.0   .    .  ...
+#              3 4 . . . .    1 2 1 2 1 2    1 1 1 2 2 2    3 4 . . . .    3.0 4.0   .    .  ...
+#              . . . . . .    3 4 3 4 3 4    1 1 1 2 2 2    . . 1 2 . .     .   .   2.2  0.2 ...
+#              . . . . . .    1 2 1 2 1 2    1 1 1 2 2 2    . . 3 4 . .     .   .   5.0 -0.4 ...
+#              . . . . . .    3 4 3 4 3 4    3 3 3 4 4 4    . . . . 1 2    block i is M times the
+#              . . . . . .    1 2 1 2 1 2    3 3 3 4 4 4    . . . . 3 4    rotation by i radians
+#                             3 4 3 4 3 4    3 3 3 4 4 4
 class Operator(nn.Module):
-    """Eq. 2, ΔW x = decompress(M compress(x)), for two linear maps without parameters.
-
-    `compress` maps k inputs to z, (..., r̂), or (..., n, r̂) for n rows that all meet the same M; `decompress` maps z
-    to d outputs. An operator of your own is a subclass with these two and a name in OPERATORS. What it draws at random
-    has to be a registered buffer, to be saved, and an option of its own has to show in extra_repr.
-
-    M starts at zero and learns all the same: its gradient, decompressᵀ(g) compress(x)ᵀ summed over tokens and rows,
-    does not contain M. (The gradients of LoRA's A and B contain the other, so both at zero would never move.)
-    """
-
-    multiple = 1  # r̂, unless it is 1, is rounded down to a multiple of this
-
-    def __init__(self, in_features: int, out_features: int, size: int):
+    """Two linear maps without parameters, before and after M in Eq. 2: compress, from x (..., k) to
+    z (..., r̂), or to n rows that all meet the same M (..., n, r̂), and decompress, from z to (..., d).
+    An operator of your own is a subclass with these two, and a name in OPERATORS. What it draws at
+    random must be a registered buffer, or it is not saved."""
+    def __init__(self, in_features, out_features, size):
         super().__init__()
-        self.in_features, self.out_features, self.size = in_features, out_features, size
-
-    def compress(self, x):
-        raise NotImplementedError
-
-    def decompress(self, z):
-        raise NotImplementedError
-
-    def forward(self, x, M):  # exercise 12; training takes a faster way: see MoRALinear.fast
-        z = F.linear(self.compress(x), M.to(x.dtype))  # (..., k) -> (..., r̂) or (..., n, r̂)
-        return self.decompress(z)  # -> (..., d)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.size = size
 
     def regroup(self, generator=None):
-        """Take the next groups, if the operator has any (`Sharing`, `Overlap`)."""
-
-    def extra_repr(self):
-        return ", ".join(f"{name}={vars(self)[name]}" for name in ("groups", "fold", "copies") if name in vars(self))
-
+        """Take new groups after a merge. Only Sharing has groups."""
 
 class Truncation(Operator):
-    """Eq. 4: keep the first r̂ inputs, write the first r̂ outputs. The baseline: M never sees the rest of x."""
-
+    """Eq. 4: M reads the first r̂ inputs and writes the first r̂ outputs. The paper's baseline."""
     def compress(self, x):  # exercise 6
-        return x[..., :self.size]  # (..., k) -> (..., r̂)
+        return x[..., : self.size]  # (..., k) -> (..., r̂)
 
     def decompress(self, z):  # exercise 6
         return F.pad(z, (0, self.out_features - self.size))  # (..., r̂) -> (..., d)
 
-
 class Sharing(Operator):
-    """Eq. 6: put inputs and outputs into r̂ groups each; add up the inputs of a group, copy one number to its outputs.
-
-    So ΔW[i, j] = M[out_group[i], in_group[j]] (`fast_merged_weight` relies on it). `groups` says which index is in
-    which: "strided" (0 1 2 0 1 2; ΔW is 1 ⊗ M where r̂ divides k and d), "contiguous" (0 0 1 1 2 2; M ⊗ 1), "random", a
-    pair of these for inputs and outputs, or "cycle": each `regroup` takes the next pair of CYCLE, as in the paper's
-    code. Updates merged with the same groups have rank r̂ at most; new ones raise it. Groups differ by one at most.
-    """
-
-    CYCLE = (("strided", "strided"), ("contiguous", "contiguous"), ("contiguous", "strided"), ("strided", "contiguous"))
+    """Eq. 6: inputs and outputs are put into r̂ groups each. The inputs of a group are added up, and
+    the outputs of a group get the same number. `groups` is "strided" (0 1 2 0 1 2), "contiguous"
+    (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle": the next of CYCLE
+    after each merge, which is the paper's ReMoRA.
+    Updates merged with the same groups have rank r̂ together. The cycle reaches 2 r̂ - 1: it has two
+    groupings of the outputs, r̂ columns each, and the columns of each add up to the vector of ones.
+    Random groups add r̂ - 1 at each merge, up to full rank."""
+    CYCLE = ["strided", "contiguous", ("contiguous", "strided"), ("strided", "contiguous")]
 
     def __init__(self, in_features, out_features, size, groups="strided"):
         super().__init__(in_features, out_features, size)
-        self.groups = groups if groups == "cycle" else (groups, groups) if isinstance(groups, str) else tuple(groups)
-        self.groupings = self.CYCLE if groups == "cycle" else (self.groups,)
-        if not all(len(pair) == 2 and {*pair} <= {"strided", "contiguous", "random"} for pair in self.groupings):
-            raise ValueError(f"groups must be strided, contiguous, random, a pair of these, or cycle, not {groups!r}")
+        self.turns = self.CYCLE if groups == "cycle" else [groups]
         self.register_buffer("in_group", torch.zeros(in_features, dtype=torch.long))
         self.register_buffer("out_group", torch.zeros(out_features, dtype=torch.long))
-        self.register_buffer("cycle_step", torch.tensor(-1, device="cpu"))  # regroups so far, less one
-        Sharing.regroup(self)  # not a subclass's, whose buffers are not there yet
+        self.register_buffer("merges", torch.tensor(-1))
+        Sharing.regroup(self)
 
     def regroup(self, generator=None):  # exercise 16
-        self.cycle_step += 1
-        in_kind, out_kind = self.groupings[int(self.cycle_step) % len(self.groupings)]
-        self.in_group.copy_(self.assign(self.in_features, in_kind, generator))  # in place: a compiled model sees it
-        self.out_group.copy_(self.assign(self.out_features, out_kind, generator))
+        self.merges += 1
+        kinds = self.turns[int(self.merges) % len(self.turns)]
+        if isinstance(kinds, str):
+            kinds = kinds, kinds
+        # In place, since a compiled model goes on reading these tensors
+        self.in_group.copy_(self.assign(self.in_features, kinds[0], generator))
+        self.out_group.copy_(self.assign(self.out_features, kinds[1], generator))
 
-    def assign(self, features, kind, generator):  # exercise 8
-        """The group of each of `features` indices: whole numbers below r̂, shape (features,)."""
-        i = torch.arange(features, device="cpu")  # where random numbers are drawn, so that devices agree
+    def assign(self, features, kind, generator=None):  # exercise 8
+        """The group of each of `features` indices: whole numbers below r̂, (features,)."""
+        group = torch.arange(features, device="cpu") % self.size  # 0 1 2 0 1 2
         if kind == "contiguous":
-            return i * self.size // features
-        if kind == "random":
-            i = torch.randperm(features, generator=generator, device="cpu")
-        return i % self.size
+            return group.sort().values  # 0 0 1 1 2 2
+        if kind == "random":  # drawn on the CPU, so that every device has the same groups
+            return group[torch.randperm(features, generator=generator, device="cpu")]
+        if kind != "strided":
+            raise ValueError(f"groups must be strided, contiguous, random or cycle, not {kind!r}")
+        return group
 
     def compress(self, x):  # exercise 7
-        return x.new_zeros(*x.shape[:-1], self.size).index_add(-1, self.in_group, x)  # (..., k) -> (..., r̂)
+        sums = x.new_zeros(*x.shape[:-1], self.size)
+        return sums.index_add(-1, self.in_group, x)  # (..., k) -> (..., r̂)
 
     def decompress(self, z):  # exercise 7
         return z.index_select(-1, self.out_group)  # (..., r̂) -> (..., d)
 
-
 class Decoupling(Operator):
-    """Eq. 8: split x into rows of r̂ numbers, the last padded with zeros; multiply each by the same M, and concatenate.
-
-    Where k = d, ΔW is block diagonal: I ⊗ M, cut to d x k. A result shorter than d is repeated. A longer one is cut, as
-    in the paper: the inputs past row n = ceil(min(k, d) / r̂) would change nothing and are dropped. With `fold=True`,
-    n = ceil(k / r̂), and what lies past d is added onto the first outputs.
-    """
-
+    """Eq. 8: cut x into rows of r̂ numbers, the last one padded with zeros, multiply each row by the
+    same M, and put the results side by side. Fewer than d results are repeated. More than d, as
+    where k > d, are cut off in the paper, so that the inputs behind them have no effect (3072 -> 768
+    at r = 8: 870 of them have). `fold=True` adds result p to output p mod d instead."""
     def __init__(self, in_features, out_features, size, fold=False):
         super().__init__(in_features, out_features, size)
         self.fold = fold
-        self.rows = math.ceil((in_features if fold else min(in_features, out_features)) / size)
+        used = in_features if fold else min(in_features, out_features)
+        self.n_rows = math.ceil(used / size)
 
     def compress(self, x):  # exercise 9
-        x = F.pad(x, (0, self.rows * self.size - self.in_features))  # a negative number cuts
-        return self.rotate(x.unflatten(-1, (self.rows, self.size)))  # (..., k) -> (..., n, r̂)
-
-    def rotate(self, rows):
-        return rows  # Rotation has its own
+        x = F.pad(x, (0, self.n_rows * self.size - self.in_features))  # a negative number cuts
+        return x.unflatten(-1, (self.n_rows, self.size))  # (..., k) -> (..., n, r̂)
 
     def decompress(self, z):  # exercise 10
-        y, d = z.flatten(-2), self.out_features  # (..., n, r̂) -> (..., n r̂)
-        if self.fold and y.shape[-1] > d:
-            return F.pad(y, (0, -y.shape[-1] % d)).unflatten(-1, (-1, d)).sum(-2)  # -> (..., d)
-        times, rest = divmod(d, y.shape[-1])
-        return torch.cat([y] * times + [y[..., :rest]], dim=-1)  # -> (..., d)
-
+        y = z.flatten(-2)  # (..., n, r̂) -> (..., n r̂)
+        n, d = y.shape[-1], self.out_features
+        if self.fold and n > d:
+            y = F.pad(y, (0, -n % d))  # to a multiple of d
+            return y.unflatten(-1, (-1, d)).sum(-2)  # (..., d)
+        times = math.ceil(d / n)
+        return torch.cat([y] * times, dim=-1)[..., :d]  # (..., d)
 
 class Rotation(Decoupling):
-    """Eq. 9: Decoupling, but row i is first rotated by the angles i θ_j, θ_j = 10000^(-2j / r̂), as in RoPE.
+    """Eq. 9: Decoupling, but row i is first turned by the angles i θ_j, θ_j = 10000^(-2j / r̂), as in
+    RoPE, so that M can tell the rows apart. Coordinate j is paired with j + r̂/2."""
+    def compress(self, x):  # exercise 11
+        rows = super().compress(x)  # (..., n, r̂)
+        half = self.size // 2
+        i = torch.arange(self.n_rows, device=x.device)
+        j = torch.arange(half, device=x.device)
+        # Angles are float32 whatever x is: bfloat16 has too few digits
+        angle = torch.outer(i, 10000 ** (-2 * j / self.size))  # (n, r̂/2)
+        cos = angle.cos().to(x.dtype)
+        sin = angle.sin().to(x.dtype)
+        a, b, unpaired = rows.tensor_split((half, 2 * half), dim=-1)  # r̂ = 1 has no pair
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, unpaired], dim=-1)
 
-    So block i of ΔW is M Rᵢ, and M can tell the rows apart. Coordinate j is paired with coordinate j + r̂/2; of an odd
-    r̂ the last one stays as it is.
-    """
+OPERATORS = dict(truncation=Truncation, sharing=Sharing, decoupling=Decoupling, rotation=Rotation)
 
-    multiple = 2
-
-    def rotate(self, rows):  # exercise 11
-        half, dtype = self.size // 2, torch.promote_types(rows.dtype, torch.float32)  # an angle in bfloat16 is none
-        theta = 10000 ** (-2 * torch.arange(half, dtype=dtype, device=rows.device) / self.size)
-        angle = torch.arange(self.rows, device=rows.device)[:, None] * theta  # (n, r̂ // 2)
-        cos, sin = angle.cos().to(rows.dtype), angle.sin().to(rows.dtype)
-        a, b, rest = rows.tensor_split((half, 2 * half), dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)  # (..., n, r̂)
-
-
-class Overlap(Operator):
-    """Not in the paper: J = `copies` random Sharings of the same M at once, ΔW = Σ Dⱼ M Cⱼ / sqrt(J). So each input is
-    in J groups, and an entry of ΔW is a sum of J entries of M. Its rank is at most J (r̂ - 1) + 1, since the columns of
-    every Dⱼ add up to the same vector of ones.
-    """
-
-    def __init__(self, in_features, out_features, size, copies=4):
-        super().__init__(in_features, out_features, size)
-        self.copies = copies
-        self.sharings = nn.ModuleList(Sharing(in_features, out_features, size, "random") for _ in range(copies))
-
-    def regroup(self, generator=None):
-        for sharing in self.sharings:
-            sharing.regroup(generator)
-
-    def compress(self, x):
-        return torch.stack([sharing.compress(x) for sharing in self.sharings], dim=-2)  # (..., k) -> (..., J, r̂)
-
-    def decompress(self, z):
-        y = [sharing.decompress(row) for sharing, row in zip(self.sharings, z.unbind(-2))]
-        return sum(y) / math.sqrt(self.copies)  # (..., J, r̂) -> (..., d)
-
-
-OPERATORS = dict(truncation=Truncation, sharing=Sharing, decoupling=Decoupling, rotation=Rotation, overlap=Overlap)
-
-
-# ---- The layers: a frozen nn.Linear and a trainable update -----------------------------------------------------------
+# ---- The layers: a frozen nn.Linear and a trainable update ---------------------------------------
 class Adapter(nn.Module):
-    """What all layers share. A subclass adds the trainable parameters, in float32 at least (bfloat16 would round small
-    steps away), `update(x)` = ΔW x, and `reset(generator)`: back to ΔW = 0, with a fresh A or the next groups.
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int, dropout: float = 0.0):
+    """A subclass adds what trains, `update` (ΔW x) and `reset` (back to ΔW = 0, drawing anew)."""
+    def __init__(self, linear, rank, dropout=0.0):
         super().__init__()
-        if type(linear) is not nn.Linear or linear.weight.is_complex():  # subclasses may bypass forward
-            raise ValueError(f"an adapter wraps an nn.Linear of real numbers, not {linear}")
-        self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
-        self.size = square_size(linear.in_features, linear.out_features, rank)  # r̂; it refuses a wrong rank
-        self.dropout = nn.Dropout(dropout)
+        if rank < 1 or rank % 1:
+            raise ValueError(f"rank must be a whole number of at least 1, not {rank}")
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.linear = linear.requires_grad_(False)
-
-    @property
-    def dtype(self):
-        return torch.promote_types(self.linear.weight.dtype, torch.float32)
-
-    def new_parameter(self, *shape):
-        return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.linear.weight.device))
+        self.dropout = nn.Dropout(dropout)
+        # Of what trains and of ΔW: bfloat16 would round small steps away
+        self.dtype = torch.promote_types(linear.weight.dtype, torch.float32)
 
     def forward(self, x):  # exercise 2
         return self.linear(x) + self.update(self.dropout(x))  # (..., k) -> (..., d)
 
-    def delta_weight(self) -> torch.Tensor:  # exercise 3
-        """ΔW (d, k), float32 at least (Eq. 3): column j is the update of the j-th unit vector."""
-        with torch.autocast(self.linear.weight.device.type, enabled=False):
-            return self.update(torch.eye(self.in_features, dtype=self.dtype, device=self.linear.weight.device)).T
+    def delta_weight(self):  # exercise 3
+        """ΔW (d, k), float32 at least (Eq. 3). Its column j is the update of the j-th unit vector."""
+        device = self.linear.weight.device
+        with torch.autocast(device.type, enabled=False):
+            return self.update(torch.eye(self.in_features, dtype=self.dtype, device=device)).T
 
-    def merged_weight(self) -> torch.Tensor:  # exercise 4
-        """W0 + ΔW (d, k), added in float32 at least and rounded once to W0's type."""
-        if "weight" not in self.linear._parameters or hasattr(self.linear.weight, "full_tensor"):
-            raise ValueError("a weight that is computed (weight_norm, pruning) or sharded (FSDP2) cannot be merged")
-        return (self.linear.weight.to(self.dtype) + self.delta_weight()).to(self.linear.weight.dtype)
-
-    weight = property(lambda self: self.merged_weight())  # nn.TransformerEncoderLayer and others read these two
-    bias = property(lambda self: self.linear.bias)
+    def merged_weight(self):  # exercise 4
+        """W0 + ΔW (d, k), rounded to W0's type, where in bfloat16 part of a small ΔW is lost."""
+        return (self.linear.weight + self.delta_weight()).to(self.linear.weight.dtype)
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:  # exercise 4
-        """A new nn.Linear that computes what this layer computes in eval mode. This layer stays as it is."""
-        weight, merged = self.merged_weight(), copy.deepcopy(self.linear)
-        merged.weight.copy_(weight)
+    def merge(self):  # exercise 4
+        """A new nn.Linear that computes what this layer does in eval mode."""
+        merged = copy.deepcopy(self.linear)
+        merged.weight.copy_(self.merged_weight())
         return merged
 
+    # Models may read these instead of calling the layer, as nn.TransformerEncoderLayer does
+    weight = property(lambda self: self.merged_weight())
+    bias = property(lambda self: self.linear.bias)
+
+    def extra_repr(self):
+        return self.description
 
 class LoRALinear(Adapter):
-    """LoRA (arXiv 2106.09685), Eq. 1: ΔW = (alpha / r) B A. A is random and B zero, so ΔW starts at zero.
-
-    `alpha=None` means 2 r, which MoRA's paper uses at r = 8. `rslora` divides by sqrt(r) instead (arXiv 2312.03732), so
-    that a step's size does not shrink with the rank. `train_A=False` is AsyLoRA (arXiv 2402.16842): A keeps its random
-    values, B alone learns.
-    """
-
-    def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False, train_A=True):  # exercise 1
+    """LoRA (arXiv 2106.09685), Eq. 1: ΔW = (alpha / r) B A. A starts at random and B at zero. (With
+    both at zero neither would learn, since the gradient of each contains the other.) `alpha=None`
+    means 2 r, the paper's at r = 8. `rslora` divides by sqrt(r) instead (arXiv 2312.03732).
+    `train_A=False` is AsyLoRA (arXiv 2402.16842): only B learns."""
+    def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False, train_A=True):
         super().__init__(linear, rank, dropout)
-        self.alpha = 2 * rank if alpha is None else alpha
-        self.scaling = self.alpha / (math.sqrt(rank) if rslora else rank)
-        self.A = nn.Parameter(self.random_A(), requires_grad=train_A)
-        self.B = self.new_parameter(self.out_features, rank)
-
-    def random_A(self, generator=None):  # exercise 1
-        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_(a=sqrt(5)), drawn on the CPU so that devices agree
-        A = torch.empty(self.rank, self.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
-        return A.to(self.linear.weight.device, self.dtype)
+        alpha = 2 * rank if alpha is None else alpha
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.A = nn.Parameter(torch.empty(rank, self.in_features, dtype=self.dtype), train_A)
+        self.B = nn.Parameter(torch.empty(self.out_features, rank, dtype=self.dtype))
+        self.to(linear.weight.device)
+        self.description = f"rank={rank}, scaling={self.scaling:g}"
+        LoRALinear.reset(self)
 
     def update(self, x):  # exercise 1
         x = F.linear(x, self.A.to(x.dtype))  # (..., k) -> (..., r)
-        return F.linear(x, self.B.to(x.dtype)) * self.scaling  # (..., r) -> (..., d)
+        return F.linear(x, self.B.to(x.dtype)) * self.scaling  # (..., d)
 
     @torch.no_grad()
     def reset(self, generator=None):  # exercise 1
-        self.A.copy_(self.random_A(generator))
+        bound = 1 / math.sqrt(self.in_features)  # as kaiming_uniform_(a=sqrt(5))
+        A = torch.empty(self.A.shape, device="cpu")  # the same numbers on every device
+        self.A.copy_(A.uniform_(-bound, bound, generator=generator))
         self.B.zero_()
 
-    def extra_repr(self):
-        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}"
-
-
 class DoRALinear(LoRALinear):
-    """DoRA (arXiv 2402.09353): LoRA changes the direction of each row of the weight, `magnitude` (d,) its length.
-
-    h = magnitude · V x / ‖V‖, where V = W0 + (alpha / r) B A and ‖V‖ (d,) are the lengths of its rows.
-    """
-
-    def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False):
-        super().__init__(linear, rank, alpha, dropout, rslora)
+    """DoRA (arXiv 2402.09353): h = magnitude · V x / ‖V‖, where V = W0 + (alpha / r) B A and ‖V‖ (d,)
+    are the lengths of V's rows. LoRA gives rows their direction, `magnitude` (d,) their length."""
+    def __init__(self, linear, rank, **options):
+        super().__init__(linear, rank, **options)
         self.magnitude = nn.Parameter(self.row_lengths())
-
-    def direction(self):  # exercise 13
-        return self.linear.weight.to(self.dtype) + super().delta_weight()  # V: (d, k)
 
     @torch.no_grad()
     def row_lengths(self):  # exercise 13
-        """‖V‖ (d,), a constant in the backward pass: an approximation of the gradient that saves memory (DoRA, 4.3)."""
-        return self.direction().norm(dim=1).clamp_min(1e-30)
+        """‖V‖ (d,), without a gradient, which saves memory (DoRA, section 4.3)."""
+        V = self.linear.weight + super().delta_weight()
+        return V.norm(dim=1).clamp_min(1e-30)  # a pruned row is zero
 
     def forward(self, x):  # exercise 13
-        y = F.linear(x, self.linear.weight) + self.update(self.dropout(x))  # V x: (..., k) -> (..., d)
-        y = (y * (self.magnitude / self.row_lengths())).to(y.dtype)  # float16 would overflow where V has a row of zeros
-        return y if self.linear.bias is None else y + self.linear.bias.to(y.dtype)
+        y = F.linear(x, self.linear.weight) + self.update(self.dropout(x))  # V x: (..., d)
+        scale = self.magnitude / self.row_lengths()
+        y = (scale * y).to(y.dtype)
+        if self.linear.bias is not None:
+            y = y + self.linear.bias.to(y.dtype)
+        return y
 
     def delta_weight(self):  # exercise 13
-        return (self.magnitude / self.row_lengths())[:, None] * self.direction() - self.linear.weight
+        V = self.linear.weight + super().delta_weight()
+        scale = self.magnitude / self.row_lengths()
+        return scale[:, None] * V - self.linear.weight
 
     @torch.no_grad()
     def reset(self, generator=None):  # exercise 13
         super().reset(generator)
         self.magnitude.copy_(self.row_lengths())
 
-
 class MoRALinear(Adapter):
-    """MoRA, Eq. 2: ΔW x = decompress(M compress(x)). M (r̂, r̂) starts at zero.
-
-    `operator` is a key of OPERATORS; `options` go to its class: `groups` for sharing, `fold` for decoupling and
-    rotation, `copies` for overlap. No alpha: a factor before M would, under Adam, only be another learning rate.
-    """
-
-    fast = True  # False, or --no-fast in train.py: each forward runs Operator.forward, so breakpoints there stop
-
+    """MoRA, Eq. 2: h = W0 x + decompress(M compress(x)). M (r̂, r̂) starts at zero and learns all the
+    same: its gradient, decompressᵀ(g) compress(x)ᵀ summed over tokens, does not contain M. `options`
+    go to the operator. No alpha: under Adam, a factor before M is only another learning rate."""
     def __init__(self, linear, rank, operator="rotation", dropout=0.0, **options):
+        super().__init__(linear, rank, dropout)
         if operator not in OPERATORS:
             raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, not {operator!r}")
-        super().__init__(linear, rank, dropout)
-        self.size -= self.size % OPERATORS[operator].multiple * (self.size > 1)
-        self.operator = OPERATORS[operator](self.in_features, self.out_features, self.size, **options)
-        self.operator.to(linear.weight.device)
-        self.M = self.new_parameter(self.size, self.size)
+        k, d = self.in_features, self.out_features
+        self.size = square_size(k, d, rank)
+        if operator == "rotation" and self.size > 1:
+            self.size -= self.size % 2  # for pairs of coordinates
+        self.operator = OPERATORS[operator](k, d, self.size, **options)
+        self.M = nn.Parameter(torch.zeros(self.size, self.size, dtype=self.dtype))
+        self.to(linear.weight.device)
+        self.description = f"rank={rank}, size={self.size}, {operator} {options}"
 
-    def update(self, x):
-        return self.operator(x, self.M)
+    def update(self, x):  # exercise 12
+        z = self.operator.compress(x)  # (..., k) -> (..., r̂) or (..., n, r̂)
+        z = F.linear(z, self.M.to(x.dtype))  # M z
+        return self.operator.decompress(z)  # (..., d)
 
     @torch.no_grad()
     def reset(self, generator=None):  # exercise 15
         self.M.zero_()
         self.operator.regroup(generator)
 
-    def extra_repr(self):
-        return f"rank={self.rank}, size={self.size}, {type(self.operator).__name__}({self.operator.extra_repr()})"
-
-    def forward(self, x):  # what Adapter.forward computes, in less time
-        return fast_forward(self, x)
-
-
-# ---- Whole models ----------------------------------------------------------------------------------------------------
+# ---- Whole models --------------------------------------------------------------------------------
 METHODS = {
     "lora": LoRALinear,
-    "lora+": LoRALinear,  # arXiv 2402.12354: LoRA whose B has a higher learning rate than A, set in the optimizer
+    "lora+": LoRALinear,  # arXiv 2402.12354: B learns at a higher rate than A
     "asylora": functools.partial(LoRALinear, train_A=False),
     "dora": DoRALinear,
-    "relora": LoRALinear,  # arXiv 2307.05695: LoRA with merge_and_reset every so often
+    "relora": LoRALinear,  # arXiv 2307.05695: LoRA with merge_and_reset every so many steps
     "mora": MoRALinear,
-    "remora": MoRALinear,  # MoRA with merge_and_reset every so often, and new groups after each
+    "remora": MoRALinear,  # MoRA with merge_and_reset
 }
 
+def add_adapters(model, method="mora", rank=8, operator=None, targets=None, fast=True, **options):
+    """Put adapters in the place of linear layers, in place, freeze all else, and return the model.
 
-def add_adapters(model: nn.Module, method="mora", rank=8, operator=None, targets=None, **options) -> nn.Module:
-    """Replace the model's linear layers by adapted ones, in place, freeze everything else, and return the model.
-
-    `operator` is MoRA's; None means rotation, and for remora sharing with groups="cycle". `targets` lists layers by
-    their full name or its end, such as ["c_attn", "h.0.mlp.c_fc"]; None means all, except those that share their weight
-    with another module, as an output head may with the embedding. `options` go to the method's class: alpha, dropout,
-    rslora, groups, fold, copies. Random numbers come from torch's global generator. LoRA ignores `operator`.
-    ValueError if an argument is wrong, nothing matches, or the model is adapted already; it is then as it was.
-    """
+    `operator` None means rotation, and for remora sharing with groups="cycle". `targets` are names
+    of layers or their ends, such as ["c_attn", "h.0.mlp.c_fc"]; None means all but an output head.
+    `options` go to the method's class (alpha, dropout, rslora, groups, fold). `fast=False` computes
+    Eq. 2 as it is written. ValueError says which argument is wrong."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if operator not in (None, *OPERATORS):
-        raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, not {operator!r}")
     if any(isinstance(module, Adapter) for module in model.modules()):
-        raise ValueError("the model is adapted already: merge_adapters(model) comes first")
-    if method == "remora" and operator in (None, "sharing"):
-        operator, options = "sharing", {"groups": "cycle"} | options
-    if METHODS[method] is MoRALinear:
-        options["operator"] = operator = operator or "rotation"
-    if method == "remora" and OPERATORS[operator].regroup is Operator.regroup:
-        warnings.warn(f"{operator} has no groups to renew: a merge of remora adds nothing that M could not")
+        raise ValueError("the model has adapters already: merge_adapters(model) comes first")
+    layer_class = METHODS[method]
+    if method in ("mora", "remora"):
+        if operator is None:
+            operator = "sharing" if method == "remora" else "rotation"
+        if method == "remora" and operator == "sharing":
+            options.setdefault("groups", "cycle")
+        options["operator"] = operator
+        layer_class = layer_class if fast else MoRALinear
     layers = find_targets(model, targets)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:
-        new = {id(layer): METHODS[method](layer, rank, **options).train(layer.training) for layer in layers.values()}
-    except Exception as error:  # an option of another method, or of a wrong type, say
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        raise ValueError(f"{method}: {error}") from error
-    replace_modules(model, new)
+        adapters = {x: layer_class(x, rank, **options).train(x.training) for x in layers}
+    except TypeError as error:  # "Sharing.__init__() got an unexpected keyword argument 'fold'"
+        name = options.get("operator", method)
+        raise ValueError(f"{name} {str(error).split('() ')[-1]}") from error
+    replace_modules(model, adapters)
     return model
 
-
-def find_targets(model, targets):
-    """The linear layers that `targets` names, by full name, or the first name of one that is used in several places."""
-    layers = {name: module for name, module in model.named_modules()
-              if name and type(module) is nn.Linear and module.in_features * module.out_features}
-    uses = collections.Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    untied = {name: layer for name, layer in layers.items() if uses[id(layer.weight)] <= 1}
-    chosen = untied if targets is None else {}
-    for target in [targets] if isinstance(targets, str) else targets or ():
-        found = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
+def find_targets(model, targets=None):
+    """The layers to adapt: none whose weight has a second use, since a merge would change both."""
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = {name: m for name, m in linear.items() if type(m) is nn.Linear}
+    if len(layers) < len(linear):
+        warnings.warn(f"left out: {len(linear) - len(layers)} layers of a subclass of nn.Linear")
+    weights = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
+    layers = {name: m for name, m in layers.items() if weights.count(id(m.weight)) == 1}
+    if targets is None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()  # in transformers
+        return [m for m in layers.values() if m is not head]
+    chosen = []
+    for target in targets:
+        found = [m for name, m in layers.items() if f".{name}".endswith(f".{target}")]
         if not found:
-            names = sorted({name.split(".")[-1] for name in layers})
-            raise ValueError(f"no linear layer is called {target!r}; there are {', '.join(names)}")
-        if found.keys() - untied.keys():
-            raise ValueError(f"{target!r} shares its weight with another module: merging would change both")
-        chosen |= found
-    if not chosen:
-        raise ValueError("no nn.Linear layer to adapt, a tied output head is none; there are: " + ", ".join(untied))
-    for name, layer in chosen.items():
-        if "weight" not in layer._parameters:  # each forward computes it anew, which would undo a merge
-            raise ValueError(f"the weight of {name} is computed, as by weight_norm or pruning: remove that first")
+            raise ValueError(f"no linear layer is called {target!r}: there are {', '.join(layers)}")
+        chosen += found
     return chosen
 
-
 def replace_modules(model, new):
-    """Put new[id(module)] wherever one of these modules is used."""
-    for parent in [*model.modules()]:
+    """Put new[module] wherever that module is used."""
+    for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            setattr(parent, name, new.get(id(child), child))
+            setattr(parent, name, new.get(child, child))
 
-
-def find_adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapted layers by full name; ValueError if there are none."""
-    adapters = {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+def find_adapters(model):
+    """{full name: adapter}. ValueError if there are none."""
+    adapters = {name: m for name, m in model.named_modules() if isinstance(m, Adapter)}
     if not adapters:
-        raise ValueError(f"{type(model).__name__} has no adapters: add_adapters(model) comes first")
+        raise ValueError("the model has no adapters: add_adapters(model) comes first")
     return adapters
 
+def merge_adapters(model):
+    """Put a merged nn.Linear in the place of every adapter, and return the model."""
+    adapters = find_adapters(model).values()
+    replace_modules(model, {adapter: adapter.merge() for adapter in adapters})
+    return model
 
-def merge_adapters(model: nn.Module) -> nn.Module:
-    """Put a merged nn.Linear in the place of every adapted layer, and return the model. Nothing is unfrozen."""
-    replace_modules(model, {id(adapter): adapter.merge() for adapter in find_adapters(model).values()})
-    return model.merge() if isinstance(model, Adapter) else model
-
-
-def merge_and_reset(model: nn.Module, optimizer=None, generator=None):  # exercise 15
-    """The step of ReLoRA and ReMoRA: add every ΔW to its W0 and start again from zero, with a fresh A or fresh groups
-    from `generator`; drop the optimizer's state for the adapters, which belongs to the update just merged.
-    """
+@torch.no_grad()
+def merge_and_reset(model, optimizer=None, generator=None):  # exercise 15
+    """The step of ReLoRA and ReMoRA: add every ΔW to its W0, and start again from ΔW = 0. What Adam
+    knows of the adapters, its means and their step count, belongs to the old ΔW and is forgotten."""
     for adapter in find_adapters(model).values():
-        with torch.no_grad():
-            adapter.linear.weight.copy_(adapter.merged_weight())
+        adapter.linear.weight.copy_(adapter.merged_weight())
         adapter.reset(generator)
-        for parameter in adapter.parameters(recurse=False) if optimizer else ():
-            optimizer.state.pop(parameter, None)
+        if optimizer:
+            for parameter in adapter.parameters(recurse=False):
+                optimizer.state.pop(parameter, None)
 
-
-def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters' own tensors by full name: parameters, groups, and a description, without which the numbers mean
-    nothing. The frozen weights are not in it, nor what `merge_and_reset` added to them: after that, save the model.
-    """
+def adapter_state_dict(model):
+    """The adapters' own tensors by full name, and keys that say what the adapters are. After
+    merge_and_reset save the model instead, as the frozen weights have changed."""
     state = {}
     for name, adapter in find_adapters(model).items():
-        description = f"{type(adapter).__name__}({adapter.extra_repr()})".encode()
-        tensors = adapter.state_dict() | {"description": torch.tensor([*description], dtype=torch.uint8)}
-        state |= {f"{name}.{key}".lstrip("."): value for key, value in tensors.items() if not key.startswith("linear.")}
+        state[f"{name} {adapter.description}"] = torch.empty(0)
+        for key, tensor in adapter.state_dict().items():
+            if key.endswith("_group"):
+                tensor = tensor.short()  # 8 bytes each would be most of a small file
+            if not key.startswith("linear."):
+                state[f"{name}.{key}"] = tensor
     return state
 
-
-def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
-    """Load what `adapter_state_dict` saved. ValueError, and nothing loaded, if the model's adapters are others."""
-    def describe(tensor):
-        text = bytes(tensor.tolist()).decode(errors="replace") if tensor.dtype == torch.uint8 else tuple(tensor.shape)
-        return f"{'float' if tensor.is_floating_point() else tensor.dtype} {text}".removeprefix("torch.uint8 ")
-
-    expected = adapter_state_dict(model)
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) and not tensor.is_meta
-                                              and tensor.layout == torch.strided for tensor in state.values()):
-        raise ValueError("the state is not a dict of dense tensors, as adapter_state_dict makes it")
-    for key in sorted(expected.keys() | state.keys(), key=lambda key: ("description" not in str(key), str(key))):
-        ours, saved = (describe(tensors[key]) if key in tensors else "absent" for tensors in (expected, state))
-        if ours != saved:
-            raise ValueError(f"{key} is {saved} in the state, and {ours} in the model")
+def load_adapters(model, state):
+    """Load what `adapter_state_dict` saved. ValueError if the model has other adapters."""
+    differences = sorted(adapter_state_dict(model).keys() ^ state.keys())
+    if differences:
+        raise ValueError(f"model and state have different adapters: {'; '.join(differences[:2])}")
     model.load_state_dict(state, strict=False)
     return model
 
+# ---- Speed: the same numbers in less time. Without this section the program is as right ----------
+class FastMoRALinear(MoRALinear):
+    """h = (W0 + ΔW) x + b, one product instead of two, where W0 and b are frozen. So ΔW is computed in
+    two ways: `update` defines it and is what merges, `fast_delta_weight` is for training, and tests
+    hold them equal. Second derivatives and torch.func need `fast=False`."""
+    def forward(self, x):
+        # Fewer tokens are not worth building ΔW (measured on a CPU). Dropout needs two products
+        few = x.numel() <= self.in_features * max(self.in_features, self.out_features)
+        if few or (self.training and self.dropout.p > 0):
+            return super().forward(x)
+        frozen = self.linear.weight, self.linear.bias
+        y = MergedProduct.apply(x.flatten(0, -2), self.M, *frozen, self.operator)
+        return y.unflatten(0, x.shape[:-1])  # (tokens, d) -> (..., d)
 
-# ---- Speed -----------------------------------------------------------------------------------------------------------
-# The rest may be deleted, with MoRALinear.forward: results change by rounding only. Your own operators are fast too.
-
-
-def fast_forward(layer, x):
-    """(W0 + ΔW) x + bias as one product; as Adapter.forward has it where that costs more or is not the same."""
-    linear, operator, k = layer.linear, layer.operator, layer.in_features
-    side = operator.rows * layer.size if is_decoupling(operator) else k  # building ΔW costs about side²
-    few = 2 * x.numel() < k * min(k, layer.out_features) or 4 * x.numel() < side**2
-    altered = [value for part in (linear, layer.dropout, operator) for name, value in vars(part).items()
-               if name == "forward" or name.endswith("_hooks")] + [p.requires_grad for p in linear.parameters()]
-    plain = (type(linear), type(layer.dropout), type(layer).update, type(operator).forward) == (
-        nn.Linear, nn.Dropout, MoRALinear.update, Operator.forward) and not any(altered)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func, which may want more
-    if not layer.fast or few or not plain or transformed or layer.dropout.training and layer.dropout.p > 0:
-        return Adapter.forward(layer, x)  # dropout gives W0 and ΔW different x
-    return MergedProduct.apply(x, layer.M, linear.weight, linear.bias, operator)
-
+METHODS |= {"mora": FastMoRALinear, "remora": FastMoRALinear}
 
 class MergedProduct(torch.autograd.Function):
-    """(W0 + ΔW) x + bias. W0 + ΔW is built again in the backward pass rather than kept, and its gradient (d, k) is not
-    formed: M's is decompressᵀ(g) compress(x)ᵀ, summed over tokens and rows. There are no second derivatives.
-    """
+    @staticmethod
+    def forward(ctx, x, M, W0, bias, operator):  # exercise 14
+        merged = W0 + fast_delta_weight(operator, M)
+        y = F.linear(x, merged.to(W0.dtype), bias)
+        # Kept are compress(x), often smaller than x, and not W0 + ΔW. A view would keep all of x
+        z = operator.compress(x.to(y.dtype)).contiguous()
+        ctx.save_for_backward(z, M, W0)
+        ctx.operator = operator
+        return y
 
     @staticmethod
-    def forward(x, M, weight, bias, operator):  # exercise 14
-        return F.linear(x, fast_merged_weight(operator, M, weight), bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # exercise 14
-        x, M, weight, _, ctx.operator = inputs
-        ctx.x_dtype, x = x.dtype, x.to(output.dtype)  # which differ under autocast
-        if not is_decoupling(ctx.operator):
-            x = fast_compress(ctx.operator, x).contiguous()  # a view, as Truncation's, would keep all of x in memory
-        ctx.save_for_backward(x, M, weight)
-
-    @staticmethod
+    @once_differentiable
     def backward(ctx, g):  # exercise 14
-        if torch.is_grad_enabled():  # by create_graph=True
-            raise RuntimeError("there are no second derivatives here: MoRALinear.fast = False has them")
-        (kept, M, weight), operator, size = ctx.saved_tensors, ctx.operator, ctx.operator.size
-        grad_x = (g @ fast_merged_weight(operator, M, weight).to(g.dtype)).to(ctx.x_dtype)
-        kept, g = kept.reshape(-1, *kept.shape[g.dim() - 1:]), g.reshape(-1, g.shape[-1])  # (tokens, ...)
-        if is_decoupling(operator):
-            return grad_x, decoupling_gradient(operator, kept, g), None, None, None
-        grad_z = fast_decompress_transposed(operator, g, kept.shape[1:])
-        return grad_x, grad_z.reshape(-1, size).T @ kept.reshape(-1, size), None, None, None
+        z, M, W0 = ctx.saved_tensors
+        merged = W0 + fast_delta_weight(ctx.operator, M)
+        grad_x = g @ merged.to(g.dtype)
+        _, transpose = torch.func.vjp(ctx.operator.decompress, z[0])
+        (grad_z,) = torch.vmap(transpose)(g)  # (tokens, d) -> (tokens, r̂) or (tokens, n, r̂)
+        # The gradient of ΔW (d, k) is not formed: M's is decompressᵀ(g) compress(x)ᵀ
+        grad_M = grad_z.flatten(0, -2).T @ z.flatten(0, -2)
+        return grad_x, grad_M, None, None, None
 
-
-def fast_merged_weight(operator, M, weight):
-    """W0 + ΔW (d, k) as merging adds them. Sharing's ΔW copies M; with x = I, Decoupling's z is block diagonal."""
-    if type(operator) in (Sharing, Overlap):
-        sharings = getattr(operator, "sharings", (operator,))
-        copies = [M[sharing.out_group].index_select(1, sharing.in_group) for sharing in sharings]
-        return (weight + sum(copies) / math.sqrt(len(copies))).to(weight.dtype)
-    k, eye = operator.in_features, functools.partial(torch.eye, dtype=M.dtype, device=M.device)
-    with torch.autocast(M.device.type, enabled=False):
-        if is_decoupling(operator):
-            blocks = operator.rotate(eye(len(M))[:, None].expand(-1, operator.rows, -1)) @ M.T  # (M Rᵢ)ᵀ: (r̂, n, r̂)
-            z = torch.block_diag(*blocks.unbind(1))  # (n r̂, n r̂)
-            z = F.pad(z, (0, 0, 0, k - len(z))).unflatten(-1, blocks.shape[1:])  # (k, n, r̂)
-        else:
-            z = operator.compress(eye(k)) @ M.T  # (k, r̂) or (k, n, r̂)
-    return (weight + operator.decompress(z).T).to(weight.dtype)
-
-
-def fast_compress(operator, x):
-    if x.device.type == "cuda" and isinstance(operator, Sharing):  # index_add is slow there, and its order varies
-        return x @ operator.compress(torch.eye(operator.in_features, dtype=x.dtype, device=x.device))
-    return operator.compress(x)
-
-
-def fast_decompress_transposed(operator, g, z_shape):
-    """The gradient of z (tokens, *z_shape) from that of the outputs (tokens, d), by decompressᵀ, its vjp at any z."""
-    if g.device.type == "cuda" and isinstance(operator, Sharing):
-        return g @ operator.decompress(torch.eye(operator.size, dtype=g.dtype, device=g.device)).T
-    return torch.vmap(torch.func.vjp(operator.decompress, g.new_zeros(z_shape))[1])(g)[0]
-
-
-def is_decoupling(operator):
-    return type(operator) in (Decoupling, Rotation)  # no subclass: these two have faster ways, for ΔW and the gradient
-
-
-def decoupling_gradient(operator, x, g):
-    """M's gradient Σ gᵢ (Rᵢ xᵢ)ᵀ as Σ (gᵢ xᵢᵀ) Rᵢᵀ, which rotates n small products instead of all of x."""
-    n, size = operator.rows, operator.size
-    if operator.fold or n * size < operator.out_features:
-        g = fast_decompress_transposed(operator, g, (n, size)).flatten(1)  # (tokens, n r̂)
-    products = [g_i.T @ x_i for g_i, x_i in zip(g.split(size, 1), x.split(size, 1))]  # the last row may be shorter
-    products = [F.pad(product, (0, size - product.shape[1], 0, size - product.shape[0])) for product in products]
-    return operator.rotate(torch.stack(products, 1)).sum(1)  # (r̂, n, r̂) -> (r̂, r̂)
+def fast_delta_weight(operator, M):
+    if type(operator) is Sharing:
+        return M[operator.out_group][:, operator.in_group]
+    eye = torch.eye(operator.in_features, dtype=M.dtype, device=M.device)
+    return operator.decompress(operator.compress(eye) @ M.T).T
