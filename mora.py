@@ -78,7 +78,7 @@ class Sharing(Operator):
         self.turns = self.CYCLE if groups == "cycle" else [groups]
         self.register_buffer("in_group", torch.zeros(in_features, dtype=torch.long))
         self.register_buffer("out_group", torch.zeros(out_features, dtype=torch.long))
-        self.register_buffer("merges", torch.tensor(-1))
+        self.register_buffer("merges", torch.tensor(-1, device="cpu"))
         Sharing.regroup(self)
 
     def regroup(self, generator=None):  # exercise 16
