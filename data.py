@@ -38,7 +38,7 @@ def seeded(*key):
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
 def epoch_rows(n, batch_size, seed, step):
-    """Which of n rows are in the batch of a step. Each epoch visits every row once, in a new order."""
+    """Which of n rows are in a step's batch. Each epoch visits every row once, in a new order."""
     first = step * batch_size
     last = first + batch_size - 1
     orders = []
@@ -115,7 +115,7 @@ class DemoText:
 
 # ---- Text ----------------------------------------------------------------------------------------
 class Text:
-    """Rows from random places of a token file, every next token a target: (batch_size, block_size)."""
+    """Rows from random places of a token file, to predict each next token."""
     metrics = ("val_loss", "perplexity")
     val_tokens = 100_000
 
@@ -133,7 +133,7 @@ class Text:
     def batch(self, step):
         generator = seeded("text", self.seed, step)
         places = len(self.train) - self.block_size
-        starts = torch.randint(places, (self.batch_size,), generator=generator).tolist()
+        starts = torch.randint(places, (self.batch_size,), generator=generator)
         rows = np.stack([self.train[i : i + self.block_size + 1] for i in starts])
         tokens = torch.from_numpy(rows.astype(np.int64)).to(self.device)
         return tokens[:, :-1], tokens[:, 1:]
@@ -152,7 +152,7 @@ class Text:
 HELD_OUT = 20  # without validation files, every 20th document or pair is held out
 
 def read_pairs(paths):
-    """[(prompt, completion), ...] from files with {"prompt": ..., "completion": ...} in each line."""
+    """[(prompt, completion), ...] from lines like {"prompt": "...", "completion": "..."}."""
     pairs = []
     for path in paths:
         for prompt, completion in read_fields(path, "prompt", "completion"):
@@ -183,7 +183,7 @@ class PromptPairs:
         self.val = self.encode(val)
 
     def encode(self, pairs):
-        """[(number of prompt tokens, all tokens), ...], cut to block_size + 1, without long prompts."""
+        """[(number of prompt tokens, all tokens), ...], cut to block_size + 1 tokens."""
         rows = []
         for prompt, completion in pairs:
             tokens = self.tokenizer.encode_ordinary(prompt)
@@ -193,11 +193,11 @@ class PromptPairs:
             if n_prompt <= self.block_size:
                 rows.append((n_prompt, np.array(tokens[: self.block_size + 1], np.uint16)))
         if not rows:
-            raise ValueError(f"no prompt of {len(pairs)} fits into --block_size {self.block_size}")
+            raise ValueError(f"no prompt fits into --block_size {self.block_size}")
         return rows
 
     def pad(self, rows):  # exercise 19
-        """idx, targets (len(rows), length), a multiple of 64, since every new length compiles anew."""
+        """idx, targets (len(rows), length): a multiple of 64, as each new length compiles anew."""
         longest = max(len(tokens) for _, tokens in rows) - 1
         length = min(-(-longest // 64) * 64, self.block_size)
         idx = torch.full((len(rows), length), self.tokenizer.eot_token)
@@ -218,7 +218,7 @@ class PromptPairs:
 
 # ---- Files, and their tokens ---------------------------------------------------------------------
 def write_file(path, save):
-    """Let `save(file)` write a temporary file that then becomes `path`, which is whole at any time."""
+    """Let `save(file)` write a temporary file that then becomes `path`: it is always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -238,7 +238,7 @@ def read_lines(path):
                 yield f"{path}:{number}", line.decode("utf-8-sig")  # Windows may begin with a mark
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{path}:{number} cannot be read: {error}") from error
-    if number == 0:
+    if not number:
         raise ValueError(f"{path} is empty")
 
 def read_fields(path, *names):

@@ -98,7 +98,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """(B, T) token ids -> logits (B, T, vocab_size), and the mean cross entropy of the targets in
+        """(B, T) token ids -> logits (B, T, vocab_size), and the mean cross entropy of targets in
         nats, None without targets. Targets (B, t) with t < T belong to the last t positions, and so
         do the logits then: a prompt costs no softmax. Targets of -100 do not count."""
         x = self.features(idx)
@@ -166,13 +166,13 @@ def as_linear(name, tensor):
     return tensor.T if transposed else tensor
 
 def load_checkpoint(name_or_path):
-    """The state dict in a local file, or of a published GPT-2, downloaded into torch.hub's folder."""
+    """The state dict in a local file, or of a published GPT-2, from torch.hub's folder."""
     if os.path.isfile(name_or_path):
         return load_file(name_or_path)
     published = [name for name in PRESETS if name.startswith("gpt2")]
     if name_or_path not in published:
         raise ValueError(f"{name_or_path!r} is neither a file nor one of {', '.join(published)}")
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # a mirror, as transformers has it
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # or a mirror
     url = f"{host}/openai-community/{name_or_path}/resolve/main/pytorch_model.bin"
     try:
         load = torch.hub.load_state_dict_from_url
@@ -181,9 +181,8 @@ def load_checkpoint(name_or_path):
         raise ValueError(f"{name_or_path} cannot be downloaded ({error}): give a file") from error
 
 def load_file(path, device="cpu"):
-    """What torch.save wrote: tensors and plain data only, so that nothing in the file is executed."""
+    """What torch.save wrote: only tensors and plain data, so that nothing in it is executed."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises many kinds
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a file of torch.save: {reason}") from error
+        raise ValueError(f"{path} is damaged, or not tensors that torch.save wrote") from error

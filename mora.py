@@ -4,8 +4,8 @@ A frozen weight W0 with k inputs and d outputs gets a trainable update ΔW. LoRA
 two thin matrices. MoRA spends as many parameters on one square matrix M, between two fixed linear
 maps. After training, W0 + ΔW takes the place of W0, exactly and at no cost.
 
-    LoRA   h = W0 x + (alpha / r) B A x            A: r x k,  B: d x r                      (Eq. 1)
-    MoRA   h = W0 x + decompress(M compress(x))    M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))    (Eq. 2)
+    LoRA   h = W0 x + (alpha / r) B A x           A: r x k,  B: d x r                     (Eq. 1)
+    MoRA   h = W0 x + decompress(M compress(x))   M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))   (Eq. 2)
 
 In the code k is in_features, d out_features, r rank and r̂ size. Equation numbers are the paper's,
 and "# exercise 5" is a mark for tests/exercises.
@@ -27,11 +27,11 @@ def square_size(in_features, out_features, rank):  # exercise 5
     return min(size, in_features, out_features)
 
 # ---- The operators -------------------------------------------------------------------------------
-#               ΔW[i, j]                        highest rank   distinct numbers   inputs lost
-#   truncation  M[i, j], zero outside of M      r̂              r̂²                 all but the first r̂
-#   sharing     M[out_group[i], in_group[j]]    r̂              r̂²                 none
-#   decoupling  M in blocks on the diagonal     min(k, d)      r̂²                 some, where k > d
-#   rotation    M Rᵢ in the i-th block          min(k, d)      r̂² in each block   some, where k > d
+#               ΔW[i, j]                        rank, at most   distinct numbers  inputs lost
+#   truncation  M[i, j], zero outside of M      r̂               r̂²                all past r̂
+#   sharing     M[out_group[i], in_group[j]]    r̂               r̂²                none
+#   decoupling  M in blocks on the diagonal     min(k, d)       r̂²                some, if k > d
+#   rotation    M Rᵢ in the i-th block          min(k, d)       r̂² in each block  some, if k > d
 # For example, where k = d = 6 and r̂ = 2:
 #   M = 1 2    truncation     sharing        sharing        decoupling     rotation
 #       3 4    1 2 . . . .    (strided)      (contiguous)   1 2 . . . .    1.0 2.0   .    .  ...
@@ -42,10 +42,10 @@ def square_size(in_features, out_features, rank):  # exercise 5
 #              . . . . . .    1 2 1 2 1 2    3 3 3 4 4 4    . . . . 3 4    rotation by i radians
 #                             3 4 3 4 3 4    3 3 3 4 4 4
 class Operator(nn.Module):
-    """Two linear maps without parameters, before and after M in Eq. 2: compress, from x (..., k) to
-    z (..., r̂), or to n rows that all meet the same M (..., n, r̂), and decompress, from z to (..., d).
-    An operator of your own is a subclass with these two, and a name in OPERATORS. What it draws at
-    random must be a registered buffer, or it is not saved."""
+    """Two linear maps without parameters, around M in Eq. 2: compress, from x (..., k) to z
+    (..., r̂), or to n rows that all meet the same M (..., n, r̂), and decompress, from z to (..., d).
+    A new operator is a subclass with these two, and a name in OPERATORS. What it draws at random
+    must be a registered buffer, or it is not saved."""
     def __init__(self, in_features, out_features, size):
         super().__init__()
         self.in_features = in_features
@@ -64,11 +64,11 @@ class Truncation(Operator):
         return F.pad(z, (0, self.out_features - self.size))  # (..., r̂) -> (..., d)
 
 class Sharing(Operator):
-    """Eq. 6: inputs and outputs are put into r̂ groups each. The inputs of a group are added up, and
-    the outputs of a group get the same number. `groups` is "strided" (0 1 2 0 1 2), "contiguous"
+    """Eq. 6: put inputs and outputs into r̂ groups each. The inputs of a group are added up, and the
+    outputs of a group get the same number. `groups` is "strided" (0 1 2 0 1 2), "contiguous"
     (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle": the next of CYCLE
     after each merge, which is the paper's ReMoRA.
-    Updates merged with the same groups have rank r̂ together. The cycle reaches 2 r̂ - 1: it has two
+    Updates merged with the same groups have rank r̂ in all. The cycle reaches 2 r̂ - 1: it has two
     groupings of the outputs, r̂ columns each, and the columns of each add up to the vector of ones.
     Random groups add r̂ - 1 at each merge, up to full rank."""
     CYCLE = ["strided", "contiguous", ("contiguous", "strided"), ("strided", "contiguous")]
@@ -109,10 +109,10 @@ class Sharing(Operator):
         return z.index_select(-1, self.out_group)  # (..., r̂) -> (..., d)
 
 class Decoupling(Operator):
-    """Eq. 8: cut x into rows of r̂ numbers, the last one padded with zeros, multiply each row by the
-    same M, and put the results side by side. Fewer than d results are repeated. More than d, as
-    where k > d, are cut off in the paper, so that the inputs behind them have no effect (3072 -> 768
-    at r = 8: 870 of them have). `fold=True` adds result p to output p mod d instead."""
+    """Eq. 8: cut x into rows of r̂ numbers, the last one padded with zeros, multiply each by M, and
+    put the results side by side. Fewer than d results are repeated. More than d, as where k > d,
+    are cut off in the paper, so that the inputs behind them have no effect (3072 -> 768 at r = 8:
+    only 870 of them have). `fold=True` adds result p to output p mod d instead."""
     def __init__(self, in_features, out_features, size, fold=False):
         super().__init__(in_features, out_features, size)
         self.fold = fold
@@ -133,8 +133,8 @@ class Decoupling(Operator):
         return torch.cat([y] * times, dim=-1)[..., :d]  # (..., d)
 
 class Rotation(Decoupling):
-    """Eq. 9: Decoupling, but row i is first turned by the angles i θ_j, θ_j = 10000^(-2j / r̂), as in
-    RoPE, so that M can tell the rows apart. Coordinate j is paired with j + r̂/2."""
+    """Eq. 9: Decoupling, but row i is first turned by the angles i θ_j, θ_j = 10000^(-2j / r̂), as
+    in RoPE, so that M can tell the rows apart. Coordinate j is paired with j + r̂/2."""
     def compress(self, x):  # exercise 11
         rows = super().compress(x)  # (..., n, r̂)
         half = self.size // 2
@@ -167,7 +167,7 @@ class Adapter(nn.Module):
         return self.linear(x) + self.update(self.dropout(x))  # (..., k) -> (..., d)
 
     def delta_weight(self):  # exercise 3
-        """ΔW (d, k), float32 at least (Eq. 3). Its column j is the update of the j-th unit vector."""
+        """ΔW (d, k), float32 at least (Eq. 3). Column j is the update of the j-th unit vector."""
         device = self.linear.weight.device
         with torch.autocast(device.type, enabled=False):
             return self.update(torch.eye(self.in_features, dtype=self.dtype, device=device)).T
@@ -217,7 +217,7 @@ class LoRALinear(Adapter):
         self.B.zero_()
 
 class DoRALinear(LoRALinear):
-    """DoRA (arXiv 2402.09353): h = magnitude · V x / ‖V‖, where V = W0 + (alpha / r) B A and ‖V‖ (d,)
+    """DoRA (arXiv 2402.09353): h = magnitude · V x / ‖V‖, V = W0 + (alpha / r) B A, where ‖V‖ (d,)
     are the lengths of V's rows. LoRA gives rows their direction, `magnitude` (d,) their length."""
     def __init__(self, linear, rank, **options):
         super().__init__(linear, rank, **options)
@@ -248,9 +248,9 @@ class DoRALinear(LoRALinear):
         self.magnitude.copy_(self.row_lengths())
 
 class MoRALinear(Adapter):
-    """MoRA, Eq. 2: h = W0 x + decompress(M compress(x)). M (r̂, r̂) starts at zero and learns all the
-    same: its gradient, decompressᵀ(g) compress(x)ᵀ summed over tokens, does not contain M. `options`
-    go to the operator. No alpha: under Adam, a factor before M is only another learning rate."""
+    """MoRA, Eq. 2: h = W0 x + decompress(M compress(x)). M (r̂, r̂) starts at zero, and learns: its
+    gradient, decompressᵀ(g) compress(x)ᵀ summed over tokens, does not contain M. `options` go to
+    the operator. No alpha: under Adam, a factor before M is only another learning rate."""
     def __init__(self, linear, rank, operator="rotation", dropout=0.0, **options):
         super().__init__(linear, rank, dropout)
         if operator not in OPERATORS:
@@ -355,7 +355,7 @@ def merge_adapters(model):
 @torch.no_grad()
 def merge_and_reset(model, optimizer=None, generator=None):  # exercise 15
     """The step of ReLoRA and ReMoRA: add every ΔW to its W0, and start again from ΔW = 0. What Adam
-    knows of the adapters, its means and their step count, belongs to the old ΔW and is forgotten."""
+    knows of the adapters, means and step count, belongs to the old ΔW, and is forgotten."""
     for adapter in find_adapters(model).values():
         adapter.linear.weight.copy_(adapter.merged_weight())
         adapter.reset(generator)
@@ -386,9 +386,9 @@ def load_adapters(model, state):
 
 # ---- Speed: the same numbers in less time. Without this section the program is as right ----------
 class FastMoRALinear(MoRALinear):
-    """h = (W0 + ΔW) x + b, one product instead of two, where W0 and b are frozen. So ΔW is computed in
-    two ways: `update` defines it and is what merges, `fast_delta_weight` is for training, and tests
-    hold them equal. Second derivatives and torch.func need `fast=False`."""
+    """h = (W0 + ΔW) x + b, one product instead of two, where W0 and b are frozen. So ΔW is computed
+    in two ways: `update` defines it and is what merges, `fast_delta_weight` is for training, and
+    tests hold them equal. Second derivatives and torch.func need `fast=False`."""
     def forward(self, x):
         # Fewer tokens are not worth building ΔW (measured on a CPU). Dropout needs two products
         few = x.numel() <= self.in_features * max(self.in_features, self.out_features)
