@@ -199,9 +199,9 @@ class LoRALinear(Adapter):
         super().__init__(linear, rank, dropout)
         alpha = 2 * rank if alpha is None else alpha
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.A = nn.Parameter(torch.empty(rank, self.in_features, dtype=self.dtype), train_A)
-        self.B = nn.Parameter(torch.empty(self.out_features, rank, dtype=self.dtype))
-        self.to(linear.weight.device)
+        W0 = linear.weight
+        self.A = nn.Parameter(W0.new_zeros(rank, self.in_features, dtype=self.dtype), train_A)
+        self.B = nn.Parameter(W0.new_zeros(self.out_features, rank, dtype=self.dtype))
         self.description = f"rank={rank}, scaling={self.scaling:g}"
         LoRALinear.reset(self)
 
@@ -259,9 +259,9 @@ class MoRALinear(Adapter):
         self.size = square_size(k, d, rank)
         if operator == "rotation" and self.size > 1:
             self.size -= self.size % 2  # for pairs of coordinates
-        self.operator = OPERATORS[operator](k, d, self.size, **options)
-        self.M = nn.Parameter(torch.zeros(self.size, self.size, dtype=self.dtype))
-        self.to(linear.weight.device)
+        W0 = linear.weight
+        self.operator = OPERATORS[operator](k, d, self.size, **options).to(W0.device)
+        self.M = nn.Parameter(W0.new_zeros(self.size, self.size, dtype=self.dtype))
         self.description = f"rank={rank}, size={self.size}, {operator} {options}"
 
     def update(self, x):  # exercise 12
