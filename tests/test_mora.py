@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounter
 
 import mora
 import reference
-from mora import DoRALinear, FastMoRALinear, LoRALinear, MoRALinear
+from mora import LoRALinear, MoRALinear
 from mora import adapter_state_dict, add_adapters, load_adapters, merge_adapters, merge_and_reset
 from reference import CYCLE, Net, assert_close, generator, randn, randomise
 
@@ -246,6 +246,12 @@ def test_groups_before_and_after_merges(groups, k, d, rank):
     assert groups != "random" or seen[0] != seen[1], "random groups came out the same twice"
 
 
+@pytest.mark.parametrize("layer, own", [(LoRALinear, "AB"), (MoRALinear, "M")])
+def test_a_layer_by_itself_freezes_what_it_wraps(layer, own):
+    parameters = layer(nn.Linear(9, 14), 2).named_parameters()
+    assert {name for name, parameter in parameters if parameter.requires_grad} == set(own)
+
+
 def test_A_is_uniform_within_one_over_sqrt_k():
     A = LoRALinear(nn.Linear(400, 8), 8).A
     assert 0.049 < A.abs().max() <= 0.05 and abs(A.std() - 0.05 / 3**0.5) < 2e-3
@@ -296,6 +302,7 @@ def test_subclasses_of_linear_are_left_out_with_one_warning():
         (dict(operator="decoupling", groups="random"), ["decoupling", "groups"]),
         (dict(operator="sharing", groups="odd"), ["odd", "strided", "cycle"]),
         (dict(targets=["up", "left"]), ["left", "up", "down"]),
+        (dict(targets=["p"]), ["'p'", "up"]),
         (dict(targets=["head"]), ["head"]),  # it shares its weight with the embedding
     ],
     ids=str,
@@ -320,6 +327,7 @@ def test_a_layer_used_in_several_places_gets_one_adapter():
     model, x = nn.ModuleDict(modules).double(), randn(9, 6)
     randomise(add_adapters(model, rank=1))
     assert adapted_layers(model) == ["blocks.0.0", "heads.0"]
+    assert model["heads"][0] is model["heads"][1], "one adapter, in both places"
     y = model["heads"][1](model["blocks"](x))
     merge_adapters(model)
     assert not adapted_layers(model)
