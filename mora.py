@@ -68,9 +68,9 @@ class Sharing(Operator):
     outputs of a group get the same number. `groups` is "strided" (0 1 2 0 1 2), "contiguous"
     (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle": the next of CYCLE
     after each merge, which is the paper's ReMoRA.
-    Updates merged with the same groups have rank r̂ in all. The cycle reaches 2 r̂ - 1: it has two
-    groupings of the outputs, r̂ columns each, and the columns of each add up to the vector of ones.
-    Random groups add r̂ - 1 at each merge, up to full rank."""
+    Updates merged with the same groups have rank r̂ in all: ΔW = P M Qᵀ, where P (d, r̂) has a 1 at
+    (i, out_group[i]). The cycle has two P, and the columns of each add up to the vector of ones, so
+    it stops at rank 2 r̂ - 1 or below. Random groups add r̂ - 1 at each merge, up to full rank."""
     CYCLE = ["strided", "contiguous", ("contiguous", "strided"), ("strided", "contiguous")]
 
     def __init__(self, in_features, out_features, size, groups="strided"):
@@ -111,8 +111,8 @@ class Sharing(Operator):
 class Decoupling(Operator):
     """Eq. 8: cut x into rows of r̂ numbers, the last one padded with zeros, multiply each by M, and
     put the results side by side. Fewer than d results are repeated. More than d, as where k > d,
-    are cut off in the paper, so that the inputs behind them have no effect (3072 -> 768 at r = 8:
-    only 870 of them have). `fold=True` adds result p to output p mod d instead."""
+    are cut off in the paper, and with them the inputs that they came from (3072 -> 768 at r = 8:
+    only 875 of the inputs count). `fold=True` adds result p to output p mod d instead."""
     def __init__(self, in_features, out_features, size, fold=False):
         super().__init__(in_features, out_features, size)
         self.fold = fold
@@ -248,9 +248,9 @@ class DoRALinear(LoRALinear):
         self.magnitude.copy_(self.row_lengths())
 
 class MoRALinear(Adapter):
-    """MoRA, Eq. 2: h = W0 x + decompress(M compress(x)). M (r̂, r̂) starts at zero, and learns: its
-    gradient, decompressᵀ(g) compress(x)ᵀ summed over tokens, does not contain M. `options` go to
-    the operator. No alpha: under Adam, a factor before M is only another learning rate."""
+    """MoRA, Eq. 2: h = W0 x + decompress(M compress(x)). M (r̂, r̂) starts at zero, and learns: with
+    g the gradient of h, M's is decompressᵀ(g) compress(x)ᵀ, summed over tokens, without M in it.
+    No alpha: under Adam, a factor before M is only another learning rate."""
     def __init__(self, linear, rank, operator="rotation", dropout=0.0, **options):
         super().__init__(linear, rank, dropout)
         if operator not in OPERATORS:
@@ -259,9 +259,8 @@ class MoRALinear(Adapter):
         self.size = square_size(k, d, rank)
         if operator == "rotation" and self.size > 1:
             self.size -= self.size % 2  # for pairs of coordinates
-        W0 = linear.weight
-        self.operator = OPERATORS[operator](k, d, self.size, **options).to(W0.device)
-        self.M = nn.Parameter(W0.new_zeros(self.size, self.size, dtype=self.dtype))
+        self.operator = OPERATORS[operator](k, d, self.size, **options).to(linear.weight.device)
+        self.M = nn.Parameter(linear.weight.new_zeros(self.size, self.size, dtype=self.dtype))
         self.description = f"rank={rank}, size={self.size}, {operator} {options}"
 
     def update(self, x):  # exercise 12
@@ -281,7 +280,7 @@ METHODS = {
     "asylora": functools.partial(LoRALinear, train_A=False),
     "dora": DoRALinear,
     "relora": LoRALinear,  # arXiv 2307.05695: LoRA with merge_and_reset every so many steps
-    "mora": MoRALinear,
+    "mora": MoRALinear,  # the last section puts a faster one in its place
     "remora": MoRALinear,  # MoRA with merge_and_reset
 }
 
@@ -290,8 +289,7 @@ def add_adapters(model, method="mora", rank=8, operator=None, targets=None, fast
 
     `operator` None means rotation, and for remora sharing with groups="cycle". `targets` are names
     of layers or their ends, such as ["c_attn", "h.0.mlp.c_fc"]; None means all but an output head.
-    `options` go to the method's class (alpha, dropout, rslora, groups, fold). `fast=False` computes
-    Eq. 2 as it is written. ValueError says which argument is wrong."""
+    `options` are those of the layer and the operator. `fast=False` computes Eq. 2 as written."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     if any(isinstance(module, Adapter) for module in model.modules()):
@@ -305,6 +303,8 @@ def add_adapters(model, method="mora", rank=8, operator=None, targets=None, fast
         options["operator"] = operator
         layer_class = layer_class if fast else MoRALinear
     layers = find_targets(model, targets)
+    if not layers:
+        raise ValueError("the model has no nn.Linear to adapt")
     model.requires_grad_(False)
     try:
         adapters = {x: layer_class(x, rank, **options).train(x.training) for x in layers}
@@ -384,7 +384,7 @@ def load_adapters(model, state):
     model.load_state_dict(state, strict=False)
     return model
 
-# ---- Speed: the same numbers in less time. Without this section the program is as right ----------
+# ---- Speed: the same numbers in less time. This section can be deleted ---------------------------
 class FastMoRALinear(MoRALinear):
     """h = (W0 + ΔW) x + b, one product instead of two, where W0 and b are frozen. So ΔW is computed
     in two ways: `update` defines it and is what merges, `fast_delta_weight` is for training, and
@@ -417,7 +417,7 @@ class MergedProduct(torch.autograd.Function):
         z, M, W0 = ctx.saved_tensors
         merged = W0 + fast_delta_weight(ctx.operator, M)
         grad_x = g @ merged.to(g.dtype)
-        _, transpose = torch.func.vjp(ctx.operator.decompress, z[0])
+        _, transpose = torch.func.vjp(ctx.operator.decompress, z[0])  # linear: any z will do
         (grad_z,) = torch.vmap(transpose)(g)  # (tokens, d) -> (tokens, r̂) or (tokens, n, r̂)
         # The gradient of ΔW (d, k) is not formed: M's is decompressᵀ(g) compress(x)ᵀ
         grad_M = grad_z.flatten(0, -2).T @ z.flatten(0, -2)
