@@ -27,7 +27,7 @@ import data
 import mora
 from model import GPT, PRESETS, GPTConfig, load_file
 
-# Processes, in torch's terms: one, unless torchrun says otherwise. (LoRA's rank is config.rank)
+# This process's number and how many there are, by torch's names: one, unless torchrun starts more
 RANK, WORLD_SIZE = 0, 1
 if dist.is_torchelastic_launched():
     RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -38,7 +38,7 @@ def say(text):
 
 # ---- Settings ------------------------------------------------------------------------------------
 METHODS = ["full", *mora.METHODS]
-TASKS = {"uuid": {}, "c4": {}, "text": {}, "pairs": {}}  # with the defaults that are a task's own
+TASKS = {"uuid": {}, "c4": {}, "text": {}, "pairs": {}}  # with defaults, where options have others
 TASKS["uuid"] = dict(methods=["full", "lora", "mora"], rank=[2], max_steps=500, batch_size=64)
 TASKS["uuid"] |= dict(init="demo", schedule="linear")
 TASKS["c4"] = dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], max_steps=600)
@@ -131,26 +131,23 @@ def settings(**changes):
 # ---- The model that every run starts from --------------------------------------------------------
 DEMO_TEXT = 4_000_000  # characters
 DEMO_BASE = dict(method="full", max_steps=300, batch_size=32, learning_rate=3e-3)
-DEMO_BASE |= dict(schedule="linear", warmup_steps=20, eval_every=75, merge_every=None)
+DEMO_BASE |= dict(schedule="linear", warmup_steps=20, eval_every=75, merge_every=None, seed=0)
 
 def load_base(args):
-    """-> the model, and its tokenizer."""
+    """-> the model, in the demo before its pretraining, and its tokenizer."""
     if args.init in ("demo", "scratch"):
         tokenizer = data.get_tokenizer(args.tokenizer or "bytes")
         size = {name: getattr(args, name, None) or x for name, x in PRESETS["demo"].items()}
         size["vocab_size"] = tokenizer.n_vocab
         torch.manual_seed(0)
-        model = GPT(GPTConfig(**size))
-        if args.init == "demo":
-            model = pretrain_demo(model, tokenizer, args)
-        return model, tokenizer
+        return GPT(GPTConfig(**size)), tokenizer
     with rank_0_first():
         model = GPT.from_pretrained(args.init, args.n_head)
     is_bytes = model.config.vocab_size == data.TOKENIZERS["bytes"]
     return model, data.get_tokenizer(args.tokenizer or ("bytes" if is_bytes else "gpt2"))
 
 def pretrain_demo(model, tokenizer, args):
-    """Teach a small GPT text, and what pairs look like, once for each size and out_dir."""
+    """Teach the model text, and what pairs look like, once for each size and out_dir."""
     config = settings(**DEMO_BASE, device=args.device, dtype=args.dtype, compile=args.compile)
     size = "-".join(map(str, vars(model.config).values()))
     folder = Path(args.out_dir, f"base-{size}-{args.dtype}")
@@ -164,19 +161,19 @@ def pretrain_demo(model, tokenizer, args):
 
 # ---- The method in training: what trains, at which rate, when it is merged and reset -------------
 def adapt(model, config):
-    """Add adapters as the settings say, and return the model. From scratch, only linear layers can
-    stay at random values: norms and embeddings (which are the head as well) train in any method."""
+    """Add adapters as the settings say, and return the model. They are all that trains, but not
+    from scratch, where norms and embeddings (which are the head, too) cannot stay at random."""
     if config.method == "full":
         return model
     options = {"dropout": config.dropout}
-    if config.operator is None:
+    if config.operator is None:  # LoRA and its relatives
         options |= {"alpha": config.alpha, "rslora": config.rslora}
     elif config.groups:
         options["groups"] = config.groups
     if config.operator and config.fold:
         options["fold"] = True
-    names = config.operator, config.targets, not config.no_fast
-    mora.add_adapters(model, config.method, config.rank, *names, **options)
+    mora.add_adapters(model, config.method, config.rank, config.operator, config.targets,
+                      fast=not config.no_fast, **options)
     if config.init == "scratch":
         for module in model.modules():
             if not isinstance(module, (torch.nn.Linear, mora.Adapter)):
@@ -185,7 +182,7 @@ def adapt(model, config):
     return model
 
 def make_optimizer(model, config):
-    """AdamW on what trains. B in LoRA+, and what is in no adapter, have peak rates of their own."""
+    """AdamW on what trains. LoRA+'s B has a rate of its own, and so has what no adapter owns."""
     adapters = [module for module in model.modules() if isinstance(module, mora.Adapter)]
     adapted = {parameter for adapter in adapters for parameter in adapter.parameters()}
     groups = {}
@@ -205,8 +202,8 @@ def restarts_before(step, config):  # exercise 18
     return bool(config.merge_every) and step > 0 and step % config.merge_every == 0
 
 def schedule(step, config):  # exercise 18
-    """The learning rate of a step over its peak: linear warm-up, then the fall, if any, to 0. After
-    a merge it rises anew onto that curve, in `restart_warmup` steps: ReLoRA's jagged schedule."""
+    """A step's learning rate over its peak: up in the warm-up, then down to 0. After a merge it is
+    at 1/4, 2/4, 3/4 and 4/4 of this curve, if `restart_warmup` is 4: ReLoRA's jagged schedule."""
     rise = 1.0
     if step < config.warmup_steps:
         rise = (step + 1) / config.warmup_steps
@@ -222,7 +219,8 @@ def schedule(step, config):  # exercise 18
 
 # ---- The loop ------------------------------------------------------------------------------------
 def train(model, dataset, config, folder):
-    """Train `model` in place; -> its progress, as a checkpoint has it."""
+    """Train `model` in place, and write metrics.csv and checkpoint.pt into `folder`.
+    -> {step, rows (one for each evaluation), metrics (of the last), seconds}"""
     optimizer = make_optimizer(model, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
@@ -287,8 +285,7 @@ def train(model, dataset, config, folder):
             left = elapsed / (done - first) * (config.max_steps - done)
             say(f"step {done}/{config.max_steps}  loss {loss:.4f}  {as_text(metrics)}  "
                 f"{speed:,.0f} tokens/s  {left:.0f} s left")
-            progress = {"step": done, "rows": rows, "metrics": metrics}
-            progress["seconds"] = seconds + elapsed
+            progress |= {"step": done, "metrics": metrics, "seconds": seconds + elapsed}
             save_checkpoint(folder, progress, config, parts)
             losses, tokens, timer = [], 0, time.perf_counter()
     return progress
@@ -411,9 +408,9 @@ def device_name(config):
 
 @contextlib.contextmanager
 def rank_0_first():
-    """What the first process prepares in this block, the others find when they enter it."""
+    """The first process goes through this block, and only then the others, to find what it made."""
     if RANK > 0:
-        dist.barrier()
+        dist.barrier()  # until the first one arrives at its own barrier below
     yield
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
@@ -523,8 +520,7 @@ def run(config, base, tokenizer):
     results = {name: getattr(config, name) for name in ("method", "rank", "operator", "seed")}
     results |= {"trainable_parameters": trainable, "total_parameters": total}
     results |= progress | {"steps": config.max_steps, "label": label(config)}
-    results |= {"torch": torch.__version__, "device": device_name(config)}
-    results["config"] = vars(config)
+    results |= {"torch": torch.__version__, "device": device_name(config), "config": vars(config)}
     if config.task == "uuid":
         show_completion(model, dataset, tokenizer)
     if config.method != "full":
@@ -562,9 +558,11 @@ def run_all(argv):
         backend = "cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
     configs = list(runs(args))
-    for config in configs:  # what is wrong with the adapters shows before any work
-        adapt(GPT(GPTConfig(**PRESETS["demo"])), config)
     base, tokenizer = load_base(args)
+    for config in configs:  # so that a wrong layer name shows before the first run, not the last
+        adapt(copy.deepcopy(base), config)
+    if args.init == "demo":
+        base = pretrain_demo(base, tokenizer, args)
     base.to(args.device)
     if args.task == "uuid":
         say(f"{args.n_pairs} pairs; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")

@@ -71,7 +71,7 @@ def assert_same_run(*folders):
 def load_tiny_base(folder):
     args = train.parse_args(command(folder, "uuid --n_layer 1 --n_head 2 --n_embd 64"))
     train.choose_device(args)
-    return train.load_base(args)[0]
+    return train.pretrain_demo(*train.load_base(args), args)
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):

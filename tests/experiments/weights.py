@@ -17,6 +17,8 @@ def load_run(folder):
     state = load_file(folder / "checkpoint.pt")
     config = argparse.Namespace(**state["config"] | {"device": "cpu"})
     base, tokenizer = train.load_base(config)
+    if config.init == "demo":
+        base = train.pretrain_demo(base, tokenizer, config)
     model = train.adapt(copy.deepcopy(base), config)
     model.load_state_dict(state["model"])
     return config, base, model, tokenizer
