@@ -18,6 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import controls  # which makes the files of the repository's root known
+import real_model
 import train
 import weights
 
@@ -38,6 +39,8 @@ def load(path):
     run = {name: config.get(name) for name in COLUMNS} | run
     if run["task"] != "uuid":
         run["n_pairs"] = None
+    if config["init"] == "smollm2":
+        run["task"] = "smollm2 " + run["task"]
     return [run | {"folder": path, "command": command(config)}]
 
 def read_table(path):
@@ -55,11 +58,17 @@ def from_row(row):
 
 def command(config):
     """What makes a run again: its method, rank, rate and seed, and what is not at its default."""
+    script, parse_args = "train.py", train.parse_args
+    own = {*controls.METHODS, *controls.OPERATORS} & {config["method"], config["operator"]}
+    if own or config.get("full_warmup"):
+        script = "tests/experiments/controls.py"
+    if config["init"] == "smollm2":
+        script, parse_args = "tests/experiments/real_model.py", real_model.parse_args
     task = [config["task"]] + ["--data", "FILE"] * bool(config["data"])
     # Other defaults follow from the number of steps and of pairs
     sizes = [f"--{name}={config[name]}" for name in ("max_steps", "n_pairs")]
-    default = vars(train.parse_args(task + sizes))
-    plain = vars(train.parse_args(task))
+    default = vars(parse_args(task + sizes))
+    plain = vars(parse_args(task))
     default |= {"max_steps": plain["max_steps"], "n_pairs": plain["n_pairs"]}
     of_the_machine = "task out_dir cache_dir device dtype compile resume".split()
     words = [config["task"]]
@@ -72,10 +81,6 @@ def command(config):
             words += value
         elif value is not True:
             words.append(str(value))
-    script = "train.py"
-    own = {*controls.METHODS, *controls.OPERATORS} & {config["method"], config["operator"]}
-    if own or config.get("full_warmup"):
-        script = "tests/experiments/controls.py"
     return " ".join(["python", script, *words])
 
 def is_wanted(run, where):
@@ -142,6 +147,8 @@ def figures(run):
         found["half-way"] = 100 * half_way["char_accuracy"], 1
         found["digits"] = 100 * last["char_accuracy"], 1
         found["exact"] = 100 * last["exact_match"], 1
+    if "token_accuracy" in last:
+        found["tokens right"] = 100 * last["token_accuracy"], 1
     if "bits" in last:
         found["bits"] = last["bits"] / run["trainable_parameters"], 2
     for name in ("val_loss", "old_loss"):

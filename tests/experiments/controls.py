@@ -50,11 +50,24 @@ class Overlap(mora.Operator):
 
 # ---- Other operators -----------------------------------------------------------------------------
 class SignedSharing(mora.Sharing):
-    """Random groups, and a random sign for every input and output. Several are a count sketch."""
-    def __init__(self, in_features, out_features, size):
-        super().__init__(in_features, out_features, size, "random")
-        for name, features in {"in_signs": in_features, "out_signs": out_features}.items():
-            self.register_buffer(name, torch.randint(2, (features,), device="cpu") * 2.0 - 1)
+    """Sharing with a random sign for every input and output: a count sketch. A merge draws anew."""
+    signs = "in", "out"
+
+    def __init__(self, in_features, out_features, size, groups="random"):
+        super().__init__(in_features, out_features, size, groups)
+        self.register_buffer("in_signs", torch.ones(in_features))
+        self.register_buffer("out_signs", torch.ones(out_features))
+        self.draw_signs()
+
+    def draw_signs(self, generator=None):
+        for side in self.signs:
+            signs = self.get_buffer(f"{side}_signs")
+            drawn = torch.randint(2, signs.shape, generator=generator, device="cpu")
+            signs.copy_(drawn * 2 - 1)
+
+    def regroup(self, generator=None):
+        super().regroup(generator)
+        self.draw_signs(generator)
 
     def compress(self, x):
         return super().compress(x * self.in_signs.to(x.dtype))
@@ -174,7 +187,11 @@ CYCLE = [functools.partial(mora.Sharing, groups=pair) for pair in mora.Sharing.C
 OPERATORS = {
     "overlap": Overlap,
     "overlap_2": overlap_of(*[RANDOM] * 2), "overlap_8": overlap_of(*[RANDOM] * 8),
+    "signed_sharing": SignedSharing,
+    "signed_inputs": type("SignedInputs", (SignedSharing,), {"signs": ["in"]}),
+    "signed_outputs": type("SignedOutputs", (SignedSharing,), {"signs": ["out"]}),
     "signed_overlap": overlap_of(*[SignedSharing] * 4),
+    "signed_overlap_2": overlap_of(*[SignedSharing] * 2),
     "aligned": overlap_of(ALIGNED[0]), "aligned_overlap": overlap_of(*ALIGNED),
     # The pairs of groups in ReMoRA's cycle: all at once, the third alone, the fourth alone
     "four_pairs": overlap_of(*CYCLE),

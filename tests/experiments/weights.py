@@ -9,6 +9,7 @@ import torch
 
 import controls  # which makes the files of the repository's root known
 import mora
+import real_model
 import train
 from model import load_file
 
@@ -16,7 +17,8 @@ def load_run(folder):
     """A run's settings, its base, the trained model, and their tokenizer."""
     state = load_file(folder / "checkpoint.pt")
     config = argparse.Namespace(**state["config"] | {"device": "cpu"})
-    base, tokenizer = train.load_base(config)
+    real = config.init == "smollm2"
+    base, tokenizer = real_model.load_base(config) if real else train.load_base(config)
     if config.init == "demo":
         base = train.pretrain_demo(base, tokenizer, config)
     model = train.adapt(copy.deepcopy(base), config)
