@@ -60,7 +60,7 @@ def command(config):
     """What makes a run again: its method, rank, rate and seed, and what is not at its default."""
     script, parse_args = "train.py", train.parse_args
     own = {*controls.METHODS, *controls.OPERATORS} & {config["method"], config["operator"]}
-    if own or config.get("full_warmup"):
+    if own or config.get("full_warmup") or config.get("rms_norm"):
         script = "tests/experiments/controls.py"
     if config["init"] == "smollm2":
         script, parse_args = "tests/experiments/real_model.py", real_model.parse_args

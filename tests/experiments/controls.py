@@ -1,5 +1,5 @@
 """Controls: updates within MoRA's budget that are not MoRA's, to find out what its lead is made of.
-This is train.py with more methods and operators, and with --full_warmup; results are in README.md.
+This is train.py with more methods and operators, --full_warmup and --rms_norm.
 
     python tests/experiments/controls.py uuid --methods mora scattered --operator overlap
     python tests/experiments/controls.py c4 --methods lora relora --full_warmup 120
@@ -18,9 +18,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import model
 import mora
 import train
-from model import load_file
+from model import Block, load_file
 
 # ---- An operator of one's own: such a class, and at the end of this file a name and a peak rate --
 class Overlap(mora.Operator):
@@ -138,15 +139,28 @@ class Scattered(mora.Adapter):
     def reset(self, generator=None):
         self.values.zero_()
 
-# ---- --full_warmup: ReLoRA's recipe, in which all weights train first ----------------------------
+# ---- More options of train.py --------------------------------------------------------------------
 plain = argparse.Namespace(**vars(train))  # its functions before `add` replaces some
 
 def parse_args(argv=()):
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--full_warmup", type=int, default=0)
+    parser.add_argument("--rms_norm", action="store_true", help="with an --out_dir of its own")
     own, others = parser.parse_known_args(argv)
-    return argparse.Namespace(**vars(plain.parse_args(others)), full_warmup=own.full_warmup)
+    return argparse.Namespace(**vars(plain.parse_args(others)), **vars(own))
 
+class RMSBlock(Block):
+    """--rms_norm: the norm of later models, which leaves the mean over the features in x."""
+    def __init__(self, config):
+        super().__init__(config)
+        self.ln_1 = nn.RMSNorm(config.n_embd)
+        self.ln_2 = nn.RMSNorm(config.n_embd)
+
+def load_base(args):
+    model.Block = RMSBlock if getattr(args, "rms_norm", False) else Block
+    return plain.load_base(args)
+
+# --full_warmup: ReLoRA's recipe, in which all weights train first
 def restarts_before(step, config):
     return step > getattr(config, "full_warmup", 0) and plain.restarts_before(step, config)
 
@@ -210,6 +224,7 @@ def add():
     train.METHODS += [name for name in METHODS if name not in train.METHODS]
     train.LEARNING_RATES |= RATES
     train.parse_args, train.restarts_before = parse_args, restarts_before
+    train.load_base = load_base
     train.schedule, train.train = schedule, train_all_first
 
 if __name__ == "__main__":

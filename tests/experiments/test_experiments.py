@@ -27,7 +27,7 @@ README = Path(__file__).with_name("README.md").read_text(encoding="utf-8").repla
 
 @pytest.fixture(autouse=True)
 def controls_are_known(monkeypatch):
-    changed = "METHODS LEARNING_RATES parse_args restarts_before schedule train"
+    changed = "METHODS LEARNING_RATES parse_args restarts_before schedule train load_base"
     for module, names in {mora: "METHODS OPERATORS", train: changed}.items():
         for name in names.split():
             monkeypatch.setattr(module, name, copy.copy(getattr(module, name)))
