@@ -2,7 +2,7 @@
 
 A frozen weight W0 with k inputs and d outputs gets a trainable update ΔW. LoRA's is the product of
 two thin matrices. MoRA spends as many parameters on one square matrix M, between two fixed linear
-maps. After training, W0 + ΔW takes the place of W0, exactly and at no cost.
+maps. After training, W0 + ΔW replaces W0: exactly, and without a cost at inference.
 
     LoRA   h = W0 x + (alpha / r) B A x           A: r x k,  B: d x r                     (Eq. 1)
     MoRA   h = W0 x + decompress(M compress(x))   M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))   (Eq. 2)
@@ -27,7 +27,7 @@ def square_size(in_features, out_features, rank):  # exercise 5
     return min(size, in_features, out_features)
 
 # ---- The operators -------------------------------------------------------------------------------
-#               ΔW[i, j]                        rank, at most   distinct numbers  inputs lost
+#               ΔW[i, j]                        rank, at most   different entries inputs lost
 #   truncation  M[i, j], zero outside of M      r̂               r̂²                all past r̂
 #   sharing     M[out_group[i], in_group[j]]    r̂               r̂²                none
 #   decoupling  M in blocks on the diagonal     min(k, d)       r̂²                some, if k > d
@@ -38,9 +38,9 @@ def square_size(in_features, out_features, rank):  # exercise 5
 #              3 4 . . . .    1 2 1 2 1 2    1 1 1 2 2 2    3 4 . . . .    3.0 4.0   .    .  ...
 #              . . . . . .    3 4 3 4 3 4    1 1 1 2 2 2    . . 1 2 . .     .   .   2.2  0.2 ...
 #              . . . . . .    1 2 1 2 1 2    1 1 1 2 2 2    . . 3 4 . .     .   .   5.0 -0.4 ...
-#              . . . . . .    3 4 3 4 3 4    3 3 3 4 4 4    . . . . 1 2    block i is M times the
-#              . . . . . .    1 2 1 2 1 2    3 3 3 4 4 4    . . . . 3 4    rotation by i radians
-#                             3 4 3 4 3 4    3 3 3 4 4 4
+#              . . . . . .    3 4 3 4 3 4    3 3 3 4 4 4    . . . . 1 2    block i is M times
+#              . . . . . .    1 2 1 2 1 2    3 3 3 4 4 4    . . . . 3 4    (r̂ = 2) a rotation by
+#                             3 4 3 4 3 4    3 3 3 4 4 4                   i radians; 3rd not shown
 class Operator(nn.Module):
     """Two linear maps without parameters, around M in Eq. 2: compress, from x (..., k) to z
     (..., r̂), or to n rows that all meet the same M (..., n, r̂), and decompress, from z to (..., d).
@@ -68,9 +68,9 @@ class Sharing(Operator):
     outputs of a group get the same number. `groups` is "strided" (0 1 2 0 1 2), "contiguous"
     (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle": the next of CYCLE
     after each merge, which is the paper's ReMoRA.
-    Updates merged with the same groups have rank r̂ in all: ΔW = P M Qᵀ, where P (d, r̂) has a 1 at
-    (i, out_group[i]). The cycle has two P, and the columns of each add up to the vector of ones, so
-    it stops at rank 2 r̂ - 1 or below. Random groups add r̂ - 1 at each merge, up to full rank."""
+    Why new groups: ΔW = P M Qᵀ, where row i of P (d, r̂) is 1 at out_group[i] and else 0, and Q is
+    that of the inputs. All merges with one P have rank r̂ together. The cycle has two P, and rank
+    2 r̂ - 1 at most: the columns of each add up to the same vector. Random groups add r̂ - 1 a merge."""
     CYCLE = ["strided", "contiguous", ("contiguous", "strided"), ("strided", "contiguous")]
 
     def __init__(self, in_features, out_features, size, groups="strided"):
@@ -79,7 +79,7 @@ class Sharing(Operator):
         self.register_buffer("in_group", torch.zeros(in_features, dtype=torch.long))
         self.register_buffer("out_group", torch.zeros(out_features, dtype=torch.long))
         self.register_buffer("merges", torch.tensor(-1, device="cpu"))
-        Sharing.regroup(self)
+        Sharing.regroup(self)  # makes merges 0
 
     def regroup(self, generator=None):  # exercise 16
         self.merges += 1
@@ -110,9 +110,9 @@ class Sharing(Operator):
 
 class Decoupling(Operator):
     """Eq. 8: cut x into rows of r̂ numbers, the last one padded with zeros, multiply each by M, and
-    put the results side by side. Fewer than d results are repeated. More than d, as where k > d,
-    are cut off in the paper, and with them the inputs that they came from (3072 -> 768 at r = 8:
-    only 875 of the inputs count). `fold=True` adds result p to output p mod d instead."""
+    put the results side by side. If they are fewer than d, they are repeated. If they are more, as
+    where k > d, the paper drops what is past d, and with it the inputs that this came from (in
+    3072 -> 768 at r = 8 only 875 inputs are used). `fold=True` adds result p to output p mod d."""
     def __init__(self, in_features, out_features, size, fold=False):
         super().__init__(in_features, out_features, size)
         self.fold = fold
@@ -151,7 +151,7 @@ OPERATORS = dict(truncation=Truncation, sharing=Sharing, decoupling=Decoupling, 
 
 # ---- The layers: a frozen nn.Linear and a trainable update ---------------------------------------
 class Adapter(nn.Module):
-    """A subclass adds what trains, `update` (ΔW x) and `reset` (back to ΔW = 0, drawing anew)."""
+    """A subclass adds what trains, `update` (ΔW x) and `reset` (to ΔW = 0, with a new start)."""
     def __init__(self, linear, rank, dropout=0.0):
         super().__init__()
         if rank < 1 or rank % 1:
@@ -160,7 +160,7 @@ class Adapter(nn.Module):
         self.out_features = linear.out_features
         self.linear = linear.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
-        # Of what trains and of ΔW: bfloat16 would round small steps away
+        # The type of trainable tensors and of ΔW: bfloat16 would round small steps away
         self.dtype = torch.promote_types(linear.weight.dtype, torch.float32)
 
     def forward(self, x):  # exercise 2
@@ -248,9 +248,9 @@ class DoRALinear(LoRALinear):
         self.magnitude.copy_(self.row_lengths())
 
 class MoRALinear(Adapter):
-    """MoRA, Eq. 2: h = W0 x + decompress(M compress(x)). M (r̂, r̂) starts at zero, and learns: with
-    g the gradient of h, M's is decompressᵀ(g) compress(x)ᵀ, summed over tokens, without M in it.
-    No alpha: under Adam, a factor before M is only another learning rate."""
+    """MoRA, Eq. 2: h = W0 x + decompress(M compress(x)). M (r̂, r̂) can start at zero, as LoRA's A
+    and B together cannot: its gradient, decompressᵀ(g) compress(x)ᵀ summed over tokens, where g is
+    the gradient of h, has no M in it. No alpha: under Adam it is only another learning rate."""
     def __init__(self, linear, rank, operator="rotation", dropout=0.0, **options):
         super().__init__(linear, rank, dropout)
         if operator not in OPERATORS:
@@ -315,7 +315,7 @@ def add_adapters(model, method="mora", rank=8, operator=None, targets=None, fast
     return model
 
 def find_targets(model, targets=None):
-    """The layers to adapt: none whose weight has a second use, since a merge would change both."""
+    """The layers to adapt. One that shares its weight is not: a merge would change both uses."""
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     layers = {name: m for name, m in linear.items() if type(m) is nn.Linear}
     if len(layers) < len(linear):
@@ -368,7 +368,7 @@ def adapter_state_dict(model):
     merge_and_reset save the model instead, as the frozen weights have changed."""
     state = {}
     for name, adapter in find_adapters(model).items():
-        state[f"{name} {adapter.description}"] = torch.empty(0)
+        state[f"{name} {adapter.description}"] = torch.empty(0)  # the key says it all
         for key, tensor in adapter.state_dict().items():
             if key.endswith("_group"):
                 tensor = tensor.short()  # 8 bytes each would be most of a small file
@@ -386,11 +386,11 @@ def load_adapters(model, state):
 
 # ---- Speed: the same numbers in less time. This section can be deleted ---------------------------
 class FastMoRALinear(MoRALinear):
-    """h = (W0 + ΔW) x + b, one product instead of two, where W0 and b are frozen. So ΔW is computed
-    in two ways: `update` defines it and is what merges, `fast_delta_weight` is for training, and
-    tests hold them equal. Second derivatives and torch.func need `fast=False`."""
+    """h = (W0 + ΔW) x + b: one matrix product instead of two. ΔW is built by `fast_delta_weight` in
+    each pass; a merge uses `update`, the definition; tests hold the two equal. Second derivatives
+    and torch.func need `fast=False`."""
     def forward(self, x):
-        # Fewer tokens are not worth building ΔW (measured on a CPU). Dropout needs two products
+        # Building ΔW pays from max(k, d) tokens on (on a CPU). Dropout needs W0 x and ΔW x apart
         few = x.numel() <= self.in_features * max(self.in_features, self.out_features)
         if few or (self.training and self.dropout.p > 0):
             return super().forward(x)
@@ -405,7 +405,7 @@ class MergedProduct(torch.autograd.Function):
     def forward(ctx, x, M, W0, bias, operator):  # exercise 14
         merged = W0 + fast_delta_weight(operator, M)
         y = F.linear(x, merged.to(W0.dtype), bias)
-        # Kept are compress(x), often smaller than x, and not W0 + ΔW. A view would keep all of x
+        # Kept is compress(x), often smaller than x, in a copy: a view would keep all of x
         z = operator.compress(x.to(y.dtype)).contiguous()
         ctx.save_for_backward(z, M, W0)
         ctx.operator = operator
@@ -417,7 +417,7 @@ class MergedProduct(torch.autograd.Function):
         z, M, W0 = ctx.saved_tensors
         merged = W0 + fast_delta_weight(ctx.operator, M)
         grad_x = g @ merged.to(g.dtype)
-        _, transpose = torch.func.vjp(ctx.operator.decompress, z[0])  # linear: any z will do
+        _, transpose = torch.func.vjp(ctx.operator.decompress, z[0])  # it is linear: any z will do
         (grad_z,) = torch.vmap(transpose)(g)  # (tokens, d) -> (tokens, r̂) or (tokens, n, r̂)
         # The gradient of ΔW (d, k) is not formed: M's is decompressᵀ(g) compress(x)ᵀ
         grad_M = grad_z.flatten(0, -2).T @ z.flatten(0, -2)

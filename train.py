@@ -70,7 +70,7 @@ def parse_args(argv=()):
     add("--restart_warmup", type=int, help="steps of warm-up after a merge (max_steps / 100)")
     add = parser.add_argument_group("model").add_argument
     add("--init", default="scratch", help="demo, scratch, gpt2, gpt2-medium, ..., or a file")
-    add("--tokenizer", choices=data.TOKENIZERS, help="(that of the weights; from scratch bytes)")
+    add("--tokenizer", choices=data.TOKENIZERS, help="(the weights' own; bytes if from scratch)")
     add("--n_layer", type=int, help="layers of a demo or scratch model (2)")
     add("--n_head", type=int, help="attention heads (4, or the file's)")
     add("--n_embd", type=int, help="width of a demo or scratch model (128)")
@@ -182,7 +182,7 @@ def adapt(model, config):
     return model
 
 def make_optimizer(model, config):
-    """AdamW on what trains. LoRA+'s B has a rate of its own, and so has what no adapter owns."""
+    """AdamW. LoRA+'s B has a rate of its own, and so have parameters outside of the adapters."""
     adapters = [module for module in model.modules() if isinstance(module, mora.Adapter)]
     adapted = {parameter for adapter in adapters for parameter in adapter.parameters()}
     groups = {}
@@ -202,12 +202,12 @@ def restarts_before(step, config):  # exercise 18
     return bool(config.merge_every) and step > 0 and step % config.merge_every == 0
 
 def schedule(step, config):  # exercise 18
-    """A step's learning rate over its peak: up in the warm-up, then down to 0. After a merge it is
-    at 1/4, 2/4, 3/4 and 4/4 of this curve, if `restart_warmup` is 4: ReLoRA's jagged schedule."""
+    """A step's learning rate over its peak. It rises in the warm-up, and then falls to 0. The steps
+    after a merge have 1/n, 2/n, ... n/n of that, with n = `restart_warmup` (ReLoRA's schedule)."""
     rise = 1.0
     if step < config.warmup_steps:
         rise = (step + 1) / config.warmup_steps
-    for i in range(config.restart_warmup):
+    for i in range(config.restart_warmup):  # was there a merge i steps ago?
         if restarts_before(step - i, config):
             rise = min(rise, (i + 1) / config.restart_warmup)
     if config.schedule == "constant" or step < config.warmup_steps:
@@ -242,7 +242,7 @@ def train(model, dataset, config, folder):
     losses, tokens = [], 0
     start = timer = time.perf_counter()
     for step in range(first, config.max_steps):
-        # All random numbers are a function of (seed, step), so that a resumed run repeats them
+        # Random numbers depend on seed, step and process alone, so that a resumed run repeats them
         torch.manual_seed(data.seeded("step", config.seed, step, RANK).initial_seed())
 
         # Merge
@@ -304,8 +304,8 @@ def autocast(config):
     return torch.autocast(device, getattr(torch, config.dtype), config.dtype != "float32")
 
 def forward_backward(network, idx, targets, config, scaler):
-    """Forward and backward of a batch, in micro-batches that count by their share of the targets;
-    -> its mean loss. DDP averages over processes, hence the factor WORLD_SIZE."""
+    """Forward and backward of a batch in micro-batches; -> its mean loss. Each target counts alike:
+    a micro-batch with 30 of 100 targets counts 0.3. DDP takes means, hence the WORLD_SIZE."""
     n_targets = (targets != -100).sum()
     idx = idx[RANK::WORLD_SIZE].chunk(config.accumulate)
     targets = targets[RANK::WORLD_SIZE].chunk(config.accumulate)
