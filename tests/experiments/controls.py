@@ -76,6 +76,17 @@ class SignedSharing(mora.Sharing):
     def decompress(self, z):
         return super().decompress(z) * self.out_signs.to(z.dtype)
 
+class CentredSharing(mora.Sharing):
+    """Sharing of x without its part in one `direction`, a unit vector: that of the inputs' mean, if
+    real_model.py sets it. ΔW stays linear, so that merging stays exact and moves no bias."""
+    def __init__(self, in_features, out_features, size, groups="random"):
+        super().__init__(in_features, out_features, size, groups)
+        self.register_buffer("direction", torch.zeros(in_features))
+
+    def compress(self, x):
+        direction = self.direction.to(x.dtype)
+        return super().compress(x - (x @ direction)[..., None] * direction)
+
 class AlignedSharing(mora.Sharing):
     """Random groups that are the same at all inputs and outputs of a width, in all layers."""
     def __init__(self, in_features, out_features, size, number=0):
@@ -201,6 +212,7 @@ CYCLE = [functools.partial(mora.Sharing, groups=pair) for pair in mora.Sharing.C
 OPERATORS = {
     "overlap": Overlap,
     "overlap_2": overlap_of(*[RANDOM] * 2), "overlap_8": overlap_of(*[RANDOM] * 8),
+    "centred_sharing": CentredSharing,
     "signed_sharing": SignedSharing,
     "signed_inputs": type("SignedInputs", (SignedSharing,), {"signs": ["in"]}),
     "signed_outputs": type("SignedOutputs", (SignedSharing,), {"signs": ["out"]}),

