@@ -442,8 +442,8 @@ def check_same(folder, saved, config):
     """ValueError if a saved run has other settings, but for where and how it runs."""
     free = "methods out_dir cache_dir device compile no_fast resume export eval_every".split()
     for name, value in vars(config).items():
-        if name not in free and saved[name] != value:
-            was = f"--{name} {saved[name]} instead of {value}"
+        if name not in free and saved.get(name) != value:
+            was = f"--{name} {saved.get(name)} instead of {value}"
             raise ValueError(f"{folder} was made with {was}: --resume needs the same settings")
 
 # ---- Runs ----------------------------------------------------------------------------------------
