@@ -157,7 +157,7 @@ def read_pairs(paths):
     for path in paths:
         for prompt, completion in read_fields(path, "prompt", "completion"):
             # They are encoded separately, so that a prompt has the same tokens when it is used
-            if not (prompt[-1:].isspace() or completion[:1].isspace()):
+            if not prompt or not (prompt[-1].isspace() or completion[:1].isspace()):
                 prompt += "\n"
             pairs.append((prompt, completion))
     return pairs
@@ -193,7 +193,7 @@ class PromptPairs:
             if n_prompt <= self.block_size:
                 rows.append((n_prompt, np.array(tokens[: self.block_size + 1], np.uint16)))
         if not rows:
-            raise ValueError(f"no prompt fits into --block_size {self.block_size}")
+            raise ValueError(f"of {len(pairs)} prompts none fits into --block_size {self.block_size}")
         return rows
 
     def pad(self, rows):  # exercise 19

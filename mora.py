@@ -154,7 +154,7 @@ class Adapter(nn.Module):
     """A subclass adds what trains, `update` (ΔW x) and `reset` (to ΔW = 0, with a new start)."""
     def __init__(self, linear, rank, dropout=0.0):
         super().__init__()
-        if rank < 1 or rank % 1:
+        if rank < 1 or not isinstance(rank, int):
             raise ValueError(f"rank must be a whole number of at least 1, not {rank}")
         self.in_features = linear.in_features
         self.out_features = linear.out_features
@@ -276,7 +276,7 @@ class MoRALinear(Adapter):
 # ---- Whole models --------------------------------------------------------------------------------
 METHODS = {
     "lora": LoRALinear,
-    "lora+": LoRALinear,  # arXiv 2402.12354: B learns at a higher rate than A
+    "lora+": LoRALinear,  # arXiv 2402.12354: the optimizer has a higher rate for B than for A
     "asylora": functools.partial(LoRALinear, train_A=False),
     "dora": DoRALinear,
     "relora": LoRALinear,  # arXiv 2307.05695: LoRA with merge_and_reset every so many steps
@@ -309,10 +309,11 @@ def add_adapters(model, method="mora", rank=8, operator=None, targets=None, fast
     try:
         adapters = {x: layer_class(x, rank, **options).train(x.training) for x in layers}
     except TypeError as error:  # "Sharing.__init__() got an unexpected keyword argument 'fold'"
+        if "unexpected keyword" not in str(error):
+            raise
         name = options.get("operator", method)
         raise ValueError(f"{name} {str(error).split('() ')[-1]}") from error
-    replace_modules(model, adapters)
-    return model
+    return replace_modules(model, adapters)
 
 def find_targets(model, targets=None):
     """The layers to adapt. One that shares its weight is not: a merge would change both uses."""
@@ -334,10 +335,11 @@ def find_targets(model, targets=None):
     return chosen
 
 def replace_modules(model, new):
-    """Put new[module] wherever that module is used."""
+    """Put new[module] wherever that module is used, and return the model, if it is not new itself."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             setattr(parent, name, new.get(child, child))
+    return new.get(model, model)
 
 def find_adapters(model):
     """{full name: adapter}. ValueError if there are none."""
@@ -347,15 +349,15 @@ def find_adapters(model):
     return adapters
 
 def merge_adapters(model):
-    """Put a merged nn.Linear in the place of every adapter, and return the model."""
+    """Put a merged nn.Linear, frozen as it was, in the place of every adapter; -> the model."""
     adapters = find_adapters(model).values()
-    replace_modules(model, {adapter: adapter.merge() for adapter in adapters})
-    return model
+    return replace_modules(model, {adapter: adapter.merge() for adapter in adapters})
 
 @torch.no_grad()
 def merge_and_reset(model, optimizer=None, generator=None):  # exercise 15
-    """The step of ReLoRA and ReMoRA: add every ΔW to its W0, and start again from ΔW = 0. What Adam
-    knows of the adapters, means and step count, belongs to the old ΔW, and is forgotten."""
+    """The step of ReLoRA and ReMoRA: add every ΔW to its W0, start again from ΔW = 0, and forget
+    Adam's means and step count, which belong to the old ΔW. Under DDP all processes need the same
+    `generator`."""
     for adapter in find_adapters(model).values():
         adapter.linear.weight.copy_(adapter.merged_weight())
         adapter.reset(generator)

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -110,15 +111,15 @@ def parse_args(argv=()):
     args = parser.parse_args(argv)
     if (args.data is None) == (task in ("text", "pairs")):
         refuse("the tasks text and pairs need --data FILE, and the others have none")
-    if min(args.rank) < 1:
-        refuse("--rank must be at least 1")
+    if task == "uuid":
+        args.batch_size = min(args.batch_size, args.n_pairs)
     if args.batch_size % (args.accumulate * WORLD_SIZE):
         refuse("--batch_size must be a multiple of --accumulate times the processes")
     for name, n in dict(eval_every=4, merge_every=5, warmup_steps=10, restart_warmup=100).items():
         if getattr(args, name) is None:
             setattr(args, name, math.ceil(args.max_steps / n))
-    if task == "uuid":
-        args.batch_size = min(args.batch_size, args.n_pairs)
+    if min(*args.rank, args.max_steps, args.eval_every) < 1:
+        refuse("--rank, --max_steps and --eval_every must be at least 1")
     return args
 
 def refuse(message):
@@ -467,7 +468,7 @@ def runs(args):
                 config.groups = groups
                 config.seed = seed
                 config.merge_every = args.merge_every if restarts else None
-                config.learning_rate = rate or default_learning_rate(config)
+                config.learning_rate = default_learning_rate(config) if rate is None else rate
                 yield config
 
 def label(config):
@@ -510,7 +511,7 @@ def run(config, base, tokenizer):
     finished.unlink(missing_ok=True)  # of an earlier run, whose files are overwritten
     dataset = load_dataset(config, tokenizer, base.config.block_size)
     torch.manual_seed(config.seed)  # for the adapters' random numbers
-    model = adapt(copy.deepcopy(base), config)
+    model = adapt(copy.deepcopy(base), config).to(config.device)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{trainable:,} of {total:,} parameters train")
@@ -563,7 +564,6 @@ def run_all(argv):
         adapt(copy.deepcopy(base), config)
     if args.init == "demo":
         base = pretrain_demo(base, tokenizer, args)
-    base.to(args.device)
     if args.task == "uuid":
         say(f"{args.n_pairs} pairs; guessing gets {data.UUID_CHANCE:.1%} of the hex digits right")
     results = []
@@ -584,6 +584,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         status, reason = 130, "stopped: --resume continues from the last evaluation"
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, ValueError) and not last.line.startswith("raise"):
+            raise  # a mistake in the code, which needs its traceback
         status, reason = 2, str(error).splitlines()[0]
         if isinstance(error, torch.OutOfMemoryError):
             reason += ": try a smaller --batch_size, or more --accumulate"

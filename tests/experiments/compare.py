@@ -69,8 +69,8 @@ def command(config):
     sizes = [f"--{name}={config[name]}" for name in ("max_steps", "n_pairs")]
     default = vars(parse_args(task + sizes))
     plain = vars(parse_args(task))
-    default |= {"max_steps": plain["max_steps"], "n_pairs": plain["n_pairs"]}
-    of_the_machine = "task out_dir cache_dir device dtype compile resume".split()
+    default |= {"max_steps": plain["max_steps"], "n_pairs": plain["n_pairs"], "dtype": "float32"}
+    of_the_machine = "task out_dir cache_dir device compile resume".split()
     words = [config["task"]]
     for name, usual in default.items():
         value = config["method"] if name == "methods" else config.get(name)
