@@ -394,7 +394,8 @@ class FastMoRALinear(MoRALinear):
     def forward(self, x):
         # Building ΔW pays from max(k, d) tokens on (on a CPU). Dropout needs W0 x and ΔW x apart
         few = x.numel() <= self.in_features * max(self.in_features, self.out_features)
-        if few or (self.training and self.dropout.p > 0):
+        drops = self.training and self.dropout.p > 0
+        if few or drops or any(p.requires_grad for p in self.linear.parameters()):
             return super().forward(x)
         frozen = self.linear.weight, self.linear.bias
         y = MergedProduct.apply(x.flatten(0, -2), self.M, *frozen, self.operator)

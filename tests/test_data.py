@@ -151,9 +151,10 @@ def test_fewer_tokens_than_a_row_takes_are_refused(tmp_path, sizes):
         data.Text(*number_files(tmp_path, *sizes), 8, 4, seed=0)
 
 def test_white_space_parts_prompt_and_completion(tmp_path):
-    pairs = [("2+2=", "4"), ("2+2= ", "4"), ("2+2=", " 4"), ("", "4")]
+    pairs = [("2+2=", "4"), ("2+2= ", "4"), ("2+2=", " 4"), ("", "4"), ("", " 4")]
     path = write_pairs(tmp_path / "a.jsonl.gz", pairs)
-    assert data.read_pairs([path, path]) == [("2+2=\n", "4"), *pairs[1:3], ("\n", "4")] * 2
+    assert data.read_pairs([path, path]) == [
+        ("2+2=\n", "4"), *pairs[1:3], ("\n", "4"), ("\n", " 4")] * 2
 
 @pytest.mark.parametrize("n", [2, 20, 21, 45])
 def test_every_20th_pair_is_held_out_unless_there_are_files_for_it(tmp_path, n):

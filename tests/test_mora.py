@@ -320,6 +320,10 @@ def test_a_model_is_adapted_once_and_needs_adapters_to_merge():
         with pytest.raises(ValueError, match="no adapters"):
             function(Net())
 
+def test_a_model_that_is_one_layer():
+    layer = add_adapters(nn.Linear(6, 8))
+    assert type(layer) is mora.METHODS["mora"] and type(merge_adapters(layer)) is nn.Linear
+
 
 def test_a_layer_used_in_several_places_gets_one_adapter():
     block, head = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 6)
@@ -501,6 +505,8 @@ def test_the_definition_computes_few_tokens_and_dropout():
     x = randn(50, 12)
     assert not takes_fast_way(layer.eval()(x[:3])) and takes_fast_way(layer(x))
     assert not takes_fast_way(layer.train()(x)), "W0 and ΔW get different inputs"
+    layer.eval().linear.bias.requires_grad_(True)
+    assert not takes_fast_way(layer(x)), "the bias gets its gradient"
     _, layer = adapted("rotation", 12, 12, fast=False)
     assert type(layer) is MoRALinear and not takes_fast_way(layer(x))
 

@@ -99,6 +99,9 @@ def test_runs_are_the_combinations_of_what_concerns_a_method():
         itertools.product(expected, (0, 1)))
     assert {run.method for run in runs if run.merge_every} == {"remora"}
 
+def test_a_learning_rate_of_zero_is_not_the_default():
+    assert [config.learning_rate for config in settings("uuid --learning_rate 0 1")][:2] == [0, 1]
+
 def test_operators_made_from_sharing_have_groups(monkeypatch):
     monkeypatch.setitem(mora.OPERATORS, "own", type("Own", (mora.Sharing,), {}))
     runs = settings("uuid --methods mora remora --operator own")
@@ -329,6 +332,11 @@ def test_an_exported_model_computes_what_was_trained(options, base, tmp_path):
     idx = torch.arange(64)[None]
     assert_close(GPT.from_pretrained(run / "model.pt")(idx)[0], trained(idx)[0], "logits", 1e-5)
 
+def test_a_mistake_in_the_code_has_its_traceback(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.UUIDPairs, "batch", lambda self, step: int("an own mistake"))
+    with pytest.raises(ValueError, match="an own mistake"):
+        train.main(command(tmp_path, SHORT, "--methods full --init", base))
+
 def test_a_loss_that_is_not_finite_ends_its_run_but_not_the_others(base, tmp_path, capsys):
     assert cli(tmp_path, SHORT, "--methods full --learning_rate 1e30 1e-3 --init", base) == 2
     error = capsys.readouterr().err
@@ -485,7 +493,8 @@ def test_two_processes_train_as_one(base, corpus):
 WRONG = {  # and what the one line of complaint names. At port 9 nobody listens
     "memorize": "memorize", "uuid c4": "c4", "--learnin_rate 1": "--learnin_rate",
     "--methods lorra": "lorra", "--operator rope": "rope", "--methods remora --groups even": "even",
-    "--targets c_atn": "c_atn", "--rank 0": "--rank", "--rank two": "two", "--dropout 2": "dropout",
+    "--targets c_atn": "c_atn", "--max_steps 0": "--max_steps", "--dropout 2": "dropout",
+    "--rank 0": "--rank", "--rank two": "two",
     "--learning_rate 1e-3,1e-4": "1e-3,1e-4", "--batch_size 8 --accumulate 3": "--accumulate",
     "--n_embd 30": "n_embd 30", "--methods mora --operator sharing --fold": "fold",
     "--device tpu": "tpu", "--device cuda:99": "cuda:99", "--data text.jsonl": "--data",
