@@ -2,6 +2,7 @@
 
     python tests/experiments/bench.py                     all sections: ten minutes on two cores
     python tests/experiments/bench.py layers --only "768 to 768, r 8"
+    python tests/experiments/bench.py memory --preset gpt2-large --batch 4 --dtype bfloat16
 
 Times are medians of repeats in which the candidates take turns, so that what else a machine does
 slows all of them down alike. Only ratios within a table mean something.
@@ -11,13 +12,21 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
+import multiprocessing
+import resource
 import statistics
 import time
+import weakref
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop, sdpa_flop
 
 import controls  # which makes the files of the repository's root known
 import data
@@ -27,6 +36,12 @@ from compare import across, markdown
 from model import GPT, PRESETS, GPTConfig
 
 OPERATORS = ["truncation", "sharing", "decoupling", "rotation", "overlap"]
+METHODS = ["full", "lora", *(f"mora {operator}" for operator in OPERATORS)]
+
+# torch counts the attention of GPUs only
+attention = "_scaled_dot_product_flash_attention_for_cpu"
+flop_registry[getattr(torch.ops.aten, attention)] = sdpa_flop
+flop_registry[getattr(torch.ops.aten, f"{attention}_backward")] = sdpa_backward_flop
 
 # ---- Measuring -----------------------------------------------------------------------------------
 def wait(device):
@@ -51,9 +66,36 @@ def take_turns(candidates, device, seconds):
             times[name].append((time.perf_counter() - start) / n_calls)
     return {name: statistics.median(each) for name, each in times.items()}
 
-def memory(step, model, device):
-    """Of a step: MB at its peak, above what was there before; on a CPU, which does not count it, MB
-    that autograd keeps from the forward to the backward pass, without the model's own."""
+class Memory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, in blocks of 512 as CUDA's allocator."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+        gc.collect()
+        for each in gc.get_objects():
+            if issubclass(type(each), torch.Tensor):
+                self.add(each)
+        self.before = self.now
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        key, n_bytes = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += n_bytes
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.remove, key, n_bytes)
+        return tensor
+
+    def remove(self, key, n_bytes):
+        self.alive.discard(key)
+        self.now -= n_bytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return tree_map_only(torch.Tensor, self.add, function(*args, **(kwargs or {})))
+
+def memory(step, device):
+    """MB at the peak of a step, above what was there before."""
     if device.type == "cuda":
         wait(device)
         torch.cuda.reset_peak_memory_stats()
@@ -61,19 +103,11 @@ def memory(step, model, device):
         step()
         wait(device)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
+    with Memory() as tensors:
+        step()
+    return (tensors.peak - tensors.before) / 1e6
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    step(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
-    return sum(kept.values()) / 1e6
-
-def cost_rows(steps, models, n_tokens, seconds, device):
+def cost_rows(steps, n_tokens, seconds, device):
     """A row for each candidate, one of which is "frozen" and one "lora"."""
     times = take_turns(steps, device, seconds)
     rows = []
@@ -81,7 +115,7 @@ def cost_rows(steps, models, n_tokens, seconds, device):
         row = {"method": name, "tokens/s": f"{n_tokens / times[name]:,.0f}"}
         for other in ("frozen", "full", "lora"):
             row[f"of {other}"] = f"{times[name] / times[other]:.2f}"
-        row["MB"] = f"{memory(step, models[name], device):,.1f}"
+        row["MB"] = f"{memory(step, device):,.1f}"
         rows.append(row)
     return rows
 
@@ -186,8 +220,8 @@ def layer_rows(k, d, rank, args):
     g = torch.randn(n_tokens, d, device=args.device).to(args.dtype)
 
     def make_step(network):
-        def step(around_forward=contextlib.nullcontext()):
-            with autocast(args), around_forward:
+        def step():
+            with autocast(args):
                 y = network(x)
             y.backward(g)
             for tensor in (x, *network.parameters()):
@@ -197,7 +231,7 @@ def layer_rows(k, d, rank, args):
     layers = make_layers(k, d, rank, args.device)
     torch.compiler.reset()
     steps = {name: make_step(maybe_compiled(layer, args)) for name, layer in layers.items()}
-    rows = cost_rows(steps, layers, n_tokens, 2 if args.quick else 8, args.device)
+    rows = cost_rows(steps, n_tokens, 2 if args.quick else 8, args.device)
     flops = []
     for row, layer in zip(rows, layers.values()):
         with FlopCounterMode(display=False) as counter:
@@ -216,12 +250,15 @@ def make_models(base, task, rank):
         for module in models["frozen"].modules():
             if isinstance(module, (nn.Embedding, nn.LayerNorm)):
                 module.requires_grad_(True)
-    for name in ("full", "lora", *(f"mora {operator}" for operator in OPERATORS)):
-        method, _, operator = name.partition(" ")
+    for name in METHODS:
         init = "scratch" if task == "c4" else "gpt2"
-        config = train.settings(method=method, rank=rank, operator=operator or None, init=init)
-        models[name] = train.adapt(copy.deepcopy(base), config)
+        models[name] = adapted(copy.deepcopy(base), name, rank, init)
     return models
+
+def adapted(base, name, rank, init):
+    method, _, operator = name.partition(" ")
+    config = train.settings(method=method, rank=rank, operator=operator or None, init=init)
+    return train.adapt(base, config)
 
 def bench_steps(args):
     """Forward, backward, clipping and AdamW, as in train.py. The state is what stays from step to
@@ -244,22 +281,25 @@ def step_rows(preset, task, batch_size, rank, args):
     torch.compiler.reset()
     steps = {}
     for name, model in models.items():
-        config = train.settings(method=name.split()[0], device=str(args.device), learning_rate=0.0)
-        optimizer = train.make_optimizer(model, config)
+        optimizer = make_optimizer(model, args.device)
         network = maybe_compiled(train.Loss(model), args)
         steps[name] = make_step(network, optimizer, idx, targets, args)
-    rows = cost_rows(steps, models, idx.numel(), 6 if args.quick else 60, args.device)
+    rows = cost_rows(steps, idx.numel(), 6 if args.quick else 60, args.device)
     for row, model in zip(rows, models.values()):
         n_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         n_bytes += sum(2 * p.nbytes for p in model.parameters() if p.requires_grad)
         row["MB of state"] = f"{n_bytes / 1e6:,.1f}"
     return rows
 
+def make_optimizer(model, device):
+    config = train.settings(method="mora", device=str(device), learning_rate=0.0)
+    return train.make_optimizer(model, config)
+
 def make_step(network, optimizer, idx, targets, args):
     trainable = [p for p in network.parameters() if p.requires_grad]
 
-    def step(around_forward=contextlib.nullcontext()):
-        with autocast(args), around_forward:
+    def step():
+        with autocast(args):
             loss = network(idx, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -267,6 +307,54 @@ def make_step(network, optimizer, idx, targets, args):
         optimizer.zero_grad()
 
     return step
+
+# ---- Memory --------------------------------------------------------------------------------------
+def bench_memory(args):
+    """The peak of a training step without torch.compile, which saves memory, and the batches that
+    fit, on a straight line through --batch and twice as many: a GB is left for CUDA and gaps."""
+    print(f"{args.preset}, r {args.rank}, {args.batch} x {args.length} tokens\n")
+    rows = []
+    for name in [*METHODS, "dora"]:
+        if args.only in name:
+            flops, peak, _ = step_memory(name, args.batch, args)
+            more = (step_memory(name, 2 * args.batch, args)[1] - peak) / args.batch
+            row = {"method": name, "TFLOP": f"{flops / 1e12:.2f}", "GB": f"{peak / 1e9:.2f}"}
+            for card in (16, 24, 80):
+                n = args.batch + int((1e9 * (card - 1) - peak) // more)
+                row[f"batch in {card} GB"] = str(max(n, 0))
+            if args.real:  # in a process of its own, whose peak is this step's
+                spawn = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(1, spawn, controls.add) as process:
+                    _, *real = process.submit(step_memory, name, args.batch, args, False).result()
+                row["GB, real tensors"], row["GB, real device"] = (f"{x / 1e9:.2f}" for x in real)
+            rows.append(row)
+    print(markdown(rows))
+
+def step_memory(name, batch, args, fake=True):
+    """A step's FLOPs, the peak of its tensors, and that as CUDA counts it, compiled if that is asked
+    for, or as the process grows. Fake tensors have shapes and no numbers: they need no GPU."""
+    device = torch.device("cpu") if fake else args.device
+    args = argparse.Namespace(**vars(args) | {"device": device})
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        with device:
+            base = GPT(GPTConfig(**PRESETS[args.preset]))
+            idx = torch.zeros(batch, args.length, dtype=torch.long)
+        model = adapted(base, name, args.rank, "gpt2")
+        optimizer = make_optimizer(model, "cuda")  # as there, in one kernel
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # so that it has its state
+        optimizer.zero_grad()
+        step = make_step(train.Loss(model), optimizer, idx, idx, args)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on Linux
+        with Memory() as tensors, FlopCounterMode(display=False) as flops:
+            step()
+        more = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        if device.type == "cuda":
+            step = make_step(maybe_compiled(train.Loss(model), args), optimizer, idx, idx, args)
+            step()  # compiles, and does not count
+            more = 1e6 * memory(step, device)
+    return flops.get_total_flops(), tensors.peak, tensors.before + more
 
 def bench_merge(args):
     base = GPT(GPTConfig(**PRESETS["demo" if args.quick else "gpt2"])).to(args.device)
@@ -276,7 +364,8 @@ def bench_merge(args):
     for name, seconds in take_turns(calls, args.device, 3).items():
         print(f"merge_and_reset of {name}: {seconds:.3f} s")
 
-SECTIONS = dict(errors=bench_errors, layers=bench_layers, steps=bench_steps, merge=bench_merge)
+SECTIONS = dict(errors=bench_errors, layers=bench_layers, steps=bench_steps, merge=bench_merge,
+                memory=bench_memory)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -287,6 +376,11 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="auto", help="(float32; on CUDA what train.py takes)")
     add("--compile", action=argparse.BooleanOptionalAction, help="(on CUDA)")
+    add("--preset", default="gpt2", choices=PRESETS, help="of memory (gpt2)")
+    add("--batch", type=int, default=8, help="of memory, in sequences (8)")
+    add("--length", type=int, default=1024, help="of these, in tokens (1024)")
+    add("--rank", type=int, default=8, help="of memory (8)")
+    add("--real", action="store_true", help="memory: take such a step, too, and compare")
     args = parser.parse_args(argv)
     controls.add()
     train.choose_device(args)  # and say what they are

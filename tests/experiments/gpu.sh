@@ -46,6 +46,13 @@ steps() {
     run python $HERE/bench.py steps $QUICK
 }
 
+memory() {  # predicted, and measured: compiled only in the last run
+    for dtype in float32 float16 bfloat16; do
+        run python $HERE/bench.py memory --real --no-compile --dtype $dtype $MODEL
+    done
+    run python $HERE/bench.py memory --real --dtype bfloat16 $MODEL
+}
+
 text() {  # Python's own library, where you have named nothing
     TEXT=${TEXT:-$OUT/text.txt}
     local write="import data; print(data.standard_library_text($LENGTH))"
@@ -76,15 +83,17 @@ scratch() {  # the paper's figure 3
     run python $HERE/compare.py $OUT/scratch/text-*
 }
 
+MODEL="--preset gpt2 --batch 8 --length 1024"
 WIDE="--n_layer 12 --n_head 12 --n_embd 768 --block_size 512"
 PAIRS="--n_pairs 10000 --batch_size 1000 --max_steps 300"
 LENGTH=20_000_000
 if [ -n "$SMALL" ]; then
     QUICK="--quick" TINY="--max_steps 8" STEPS=8 LENGTH=200_000
     PAIRS="--n_pairs 16 --max_steps 8"
+    MODEL="--preset demo --batch 4 --length 128"
     WIDE="--n_layer 1 --n_head 2 --n_embd 32 --block_size 128"
 fi
-for part in "${@:-right demo layers steps pretrain memorize scratch}"; do
+for part in "${@:-right demo layers steps memory pretrain memorize scratch}"; do
     for name in $part; do
         printf '\n## %s\n' "$name" | tee -a $OUT/report.md
         $name

@@ -1,6 +1,7 @@
 """Tests of the experiments: the controls are what they say they are, compare.py computes what its
 tables say, and README.md shows what its commands print."""
 
+import argparse
 import copy
 import re
 import shlex
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import compare
 import controls
 import data
@@ -223,6 +225,23 @@ def test_what_is_forgotten(tmp_path):
     found, = compare.load(Path(folder))
     losses = found["metrics"]["val_loss"], found["metrics"]["old_loss"]
     assert list(weights.forgetting(found).items())[-1] == pytest.approx(losses)
+
+def test_memory_counts_what_is_alive_once():
+    with bench.Memory() as tensors:
+        x = torch.ones(1000)  # 4,000 bytes, in blocks of 512
+        kept, freed = x[:10], x + 1
+        del freed
+    assert (tensors.now - tensors.before, tensors.peak - tensors.before) == (4096, 8192), kept
+
+def test_the_memory_of_a_step_on_fake_tensors_is_that_on_real_ones():
+    args = argparse.Namespace(preset="demo", length=64, rank=2, dtype=torch.float32, compile=False)
+    args.device = torch.device("cpu")
+    peaks = {}
+    for name in ("full", "lora", "mora sharing"):
+        fake, real = (bench.step_memory(name, 32, args, fake) for fake in (True, False))
+        assert fake[:2] == pytest.approx(real[:2], rel=1e-3), name
+        peaks[name] = fake[1]
+    assert peaks["full"] > peaks["lora"] > peaks["mora sharing"], "r̂ inputs are kept, not k"
 
 SHOWN = re.findall(r"((?:^\|.*\n)+)\n```bash\ntable (.*)", README, re.M)
 @pytest.mark.books
