@@ -316,7 +316,7 @@ def bench_memory(args):
     rows = []
     for name in [*METHODS, "dora"]:
         if args.only in name:
-            flops, peak, _ = step_memory(name, args.batch, args)
+            flops, peak, *_ = step_memory(name, args.batch, args)
             more = (step_memory(name, 2 * args.batch, args)[1] - peak) / args.batch
             row = {"method": name, "TFLOP": f"{flops / 1e12:.2f}", "GB": f"{peak / 1e9:.2f}"}
             for card in (16, 24, 80):
@@ -326,7 +326,9 @@ def bench_memory(args):
                 spawn = multiprocessing.get_context("spawn")
                 with ProcessPoolExecutor(1, spawn, controls.add) as process:
                     _, *real = process.submit(step_memory, name, args.batch, args, False).result()
-                row["GB, real tensors"], row["GB, real device"] = (f"{x / 1e9:.2f}" for x in real)
+                row["GB, real tensors"], row["GB, real device"] = (
+                    f"{x / 1e9:.2f}" for x in real[:2])
+                row["ms"] = f"{real[2]:.1f}"
             rows.append(row)
     print(markdown(rows))
 
@@ -354,7 +356,8 @@ def step_memory(name, batch, args, fake=True):
             step = make_step(maybe_compiled(train.Loss(model), args), optimizer, idx, idx, args)
             step()  # compiles, and does not count
             more = 1e6 * memory(step, device)
-    return flops.get_total_flops(), tensors.peak, tensors.before + more
+        ms = 0.0 if fake else 1e3 * take_turns({name: step}, device, 2)[name]
+    return flops.get_total_flops(), tensors.peak, tensors.before + more, ms
 
 def bench_merge(args):
     base = GPT(GPTConfig(**PRESETS["demo" if args.quick else "gpt2"])).to(args.device)

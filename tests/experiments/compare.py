@@ -74,7 +74,7 @@ def command(config):
     words = [config["task"]]
     for name, usual in default.items():
         value = config["method"] if name == "methods" else config.get(name)
-        if name in of_the_machine or value in (None, usual):
+        if name in of_the_machine or value in (None, usual, "auto"):
             continue
         words.append("--" + name.replace("no_fast", "no-fast"))
         if isinstance(value, list):

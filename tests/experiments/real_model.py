@@ -142,7 +142,9 @@ def load_base(args):
         return SmolLM2(model, args.layers), tokenizer
     for seed in args.seed if isinstance(args.seed, list) else [args.seed]:
         pairs = Pairs(argparse.Namespace(**vars(args) | {"seed": seed}), tokenizer)
-        pairs.hidden = model(pairs.idx, output_hidden_states=True).hidden_states[-1 - args.layers]
+        states = model(pairs.idx, output_hidden_states=True).hidden_states
+        pairs.hidden = states[-1 - args.layers].to(args.device)
+        pairs.targets = pairs.targets.to(args.device)
         pairs_of_seed[seed] = pairs
     return SmolLM2(model, args.layers, pairs.hidden, pairs.vocabulary), tokenizer
 
@@ -153,7 +155,7 @@ def load_dataset(config, tokenizer, context):
 
 @torch.no_grad()
 def adapt(model, config):
-    plain.adapt(model, config)
+    plain.adapt(model, config).to(config.device)
     if config.operator == "centred_sharing":
         def set_direction(adapter, inputs):
             mean = inputs[0].flatten(0, -2).mean(0)
