@@ -207,9 +207,8 @@ def points_of(project, folder, numbers):
     return rows
 
 def report(project, folders, numbers, form):
-    for folder in folders:
-        if not read_theirs(folder) and len(folders) == 1:
-            raise ValueError(f"{folder} has none of {', '.join(FILES)}")
+    if len(folders) == 1 and not read_theirs(folders[0]):
+        raise ValueError(f"{folders[0]} has none of {', '.join(FILES)}")
     if form == "json" and len(folders) > 1:
         raise ValueError("--json takes one folder, and --csv takes several")
     found = {folder: points_of(project, folder, numbers) for folder in folders}

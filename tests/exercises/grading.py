@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests/exercises/"
 FILES = ("mora.py", "data.py", "train.py", "tests/experiments/compare.py", HERE + "measure.py")
-GRADERS = (HERE + "test_maps.py", HERE + "test_exercises.py")
+GRADERS = (HERE + "checks.py", HERE + "test_maps.py", HERE + "test_exercises.py")
 LIMIT, START = 60, 300  # seconds that a test may take, and the import of torch before the first
 METHOD = "spawn"  # how the other process begins
 
@@ -166,7 +166,7 @@ def describe(error):
     if not isinstance(error, AssertionError):
         text = f"{type(error).__name__}: {text}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if re.match(r"graded/(?!.*/test_)", frame.filename)]
+              if re.match(r"graded/(?!.*/(test_|checks))", frame.filename)]
     return f"{text} (in {frames[-1].name}: {frames[-1].line})" if frames else text
 
 def work(connection, jobs, root):

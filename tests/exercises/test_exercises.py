@@ -25,9 +25,9 @@ import measure
 import mora
 import reference
 import train
+from checks import Dense, assert_same, build, check_device, check_draws, in_place
 from mora import DoRALinear, LoRALinear, MoRALinear
 from reference import CYCLE, Net, assert_close, dora, generator, lora_delta, randn, randomise
-from test_maps import Dense, assert_same, build, check_device, check_draws, in_place
 
 def learn(module):
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
