@@ -258,7 +258,7 @@ def hand_out(project, folder, numbers):
         write(folder / file, source)
     write(folder / HERE / "handed_out.json", json.dumps(numbers))
     text = read(project.root / HERE / "STUDENT.md")
-    titles = [f"{number}. {project.exercises[number][0]}" for number in numbers]
+    titles = [f"- exercise {number}: {project.exercises[number][0]}" for number in numbers]
     write(folder / "README.md", text.replace("EXERCISES", "\n".join(titles)))
     ini, marks = read(folder / "pytest.ini"), " or ".join(f"ex{number}" for number in numbers)
     write(folder / "pytest.ini", re.sub(r"(?m)^# .*\n(addopts = -m ).*", rf'\1"{marks}"', ini))
