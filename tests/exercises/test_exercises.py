@@ -1,10 +1,9 @@
 """The graders of the exercises in README.md, in its order: `python -m pytest -m ex5` runs those of
 exercise 5, and so does `python tests/exercises/exercise.py --grade 5`.
 
-A grader compares with a slow second statement of what README.md asks, mostly from
-tests/reference.py, and looks only at results, not at how the code gets them. An exercise's graders
-work while all later exercises are missing. A test is one claim, so that the number of passed tests
-means something. test_maps.py has the exercises on linear maps.
+A grader compares results, and not how the code gets them, with a slow second statement of what
+README.md asks, mostly from tests/reference.py. It works while all later exercises are missing. The
+mark `detail` is for tests that count once the subject of the exercise is right (grading.share).
 """
 
 import contextlib

@@ -279,7 +279,10 @@ def test_what_is_handed_in_is_collected(handout, tool, tmp_path):
     assert ada[0] == "ada" and float(ada[-1]) == sum(map(float, ada[1:-1])) > 3
     assert empty[0] == "empty" and not any(map(float, empty[1:]))
     text = tool("--report", folder, "5-6")[1]
-    assert "of 2 points: ada" in text and "Rotation" not in text, "numbers choose"
+    assert "of 2 points: ada" in text and "Merging" not in text, "numbers choose"
+    (folder / HERE / "handed_out.json").unlink()
+    text = tool("--report", folder)[1]
+    assert "Merging" in text and "Rotation" not in text, "a solution in place is left out"
 
 def test_points_are_minutes():
     rows = re.findall(r"(?m)^### (\d+)\. .* \((\d+) points?, (\d+) minutes\)$", README)

@@ -1,8 +1,5 @@
-"""The graders for linear maps: what every map must do, then exercises 6 to 12, 14 and 24.
-
-Every map (`compress`, `decompress`, a layer's update or forward) must take any number of
-dimensions, return x's type, leave x unchanged, pass the right gradient back to x, and work on any
-device. test_exercises.py has the other exercises. Formulas are those of tests/reference.py.
+"""The graders for linear maps: first what every map owes (`compress`, `decompress`, a layer's update
+or forward), then exercises 6 to 12, 14 and 24. test_exercises.py has the other exercises.
 """
 
 import copy
