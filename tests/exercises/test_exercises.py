@@ -529,8 +529,10 @@ class TestSpectrum:
 
     @mark.detail
     def test_the_rank_is_not_that_of_rounding(self):
-        got = measure.spectrum(with_singular_values([3.0, 2.0, 1.0], 60, 50).float())[0]
-        assert got == 3, f"a float32 matrix of rank 3: got {got:g}; see the docstring's threshold"
+        small = torch.diag(torch.tensor([1.0, 3e-7, 0.0, 0.0]))
+        given = with_singular_values([3.0, 2.0, 1.0], 60, 50).float(), small
+        got = [measure.spectrum(matrix)[0] for matrix in given]
+        assert got == [3, 1], f"rank 3, and s = 1, 3e-7, 0, 0 in float32: expected 3 and 1, got {got}"
 
 @mark.ex22
 class TestRounding:

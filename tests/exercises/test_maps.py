@@ -233,7 +233,6 @@ class TestUpdate:
             hint = f"decompress(M compress(x)), {k} to {d}, M {start}"
             assert_same(layer.update(x), expected, {"M": layer.M, "x": x}, hint, tol=1e-5)
 
-# ---- The merged forward --------------------------------------------------------------------------
 @mark.ex14
 class TestMergedForward:
     @mark.parametrize("name", VARIANTS)
