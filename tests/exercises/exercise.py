@@ -235,7 +235,7 @@ def report(project, folders, numbers, form):
 
 def copy_files(root, folder, without=()):
     for path in (path for pattern in COPIED for path in root.glob(pattern)):
-        name = str(path.relative_to(root))
+        name = path.relative_to(root).as_posix()
         if path.is_file() and path.name not in without and name not in without:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / name)
@@ -246,8 +246,9 @@ def hand_out(project, folder, numbers):
         raise ValueError(f"{folder} exists already")
     for part in project.all_parts:
         part.find("solution")  # or say that it is not here
-    tests = {str(path.relative_to(project.root)) for path in project.root.glob("tests/**/test_*")}
-    copy_files(project.root, folder, {*FOR_TEACHERS, *tests} - {*grading.GRADERS})
+    tests = [path.relative_to(project.root) for path in project.root.glob("tests/**/test_*")]
+    without = {*FOR_TEACHERS, *(path.as_posix() for path in tests)} - {*grading.GRADERS}
+    copy_files(project.root, folder, without)
     for file, source in project.sources.items():
         parts = [part for part in project.all_parts if part.file == file]
         what = {part: "stub" if part.number in numbers else "solution" for part in parts}

@@ -1,5 +1,5 @@
-"""The graders for linear maps: first what every map owes (`compress`, `decompress`, a layer's update
-or forward), then exercises 6 to 12, 14 and 24. test_exercises.py has the other exercises.
+"""The graders for linear maps: first what every map owes (`compress`, `decompress`, an update or a
+forward), then exercises 6 to 12, 14 and 24. test_exercises.py has the other exercises.
 """
 
 import copy
