@@ -28,7 +28,7 @@ from pathlib import Path
 import grading
 from grading import FILES, HERE, ROOT, functions, is_python, stub, swap
 
-COPIED = ["*.py", "*.md", "LICENSE", "pytest.ini", "requirements.txt", ".gitignore"]
+COPIED = ["*.py", "README.md", "LICENSE", "pytest.ini", "requirements.txt", ".gitignore"]
 COPIED += ["assets/*", "tests/*.py", "tests/experiments/*", f"{HERE}*"]
 FOR_TEACHERS = ["TEACHER.md", "STUDENT.md", "answers.txt", "colab.ipynb", "bench.py", "gpu.sh"]
 NUMBER = r"(\d+)(?:-(\d+))?"
