@@ -346,7 +346,7 @@ def evaluate(model, dataset):
     metrics["perplexity"] = math.exp(min(loss, 700))
     if chars:
         metrics["char_accuracy"] = torch.cat(chars).float().mean().item()
-        metrics["bits"] = 122 * len(exact) - nats / math.log(2)
+        metrics["bits"] = 122 * len(exact) - nats / math.log(2)  # exercise 20
     metrics = {name: metrics[name] for name in dataset.metrics}
     if getattr(dataset, "old_text", None):  # to see what was forgotten
         metrics["old_loss"] = evaluate(model, dataset.old_text)["val_loss"]

@@ -6,7 +6,7 @@
     python tests/exercises/exercise.py --solution 5  put its solution back; your own code is kept
     python tests/exercises/exercise.py --own 5       put your own code back
     python tests/exercises/exercise.py --diff 5      your own code beside the solution
-    python tests/exercises/exercise.py --report [DIR]       grade everything here, or in a folder
+    python tests/exercises/exercise.py --report [DIR ...]   points, of what is here or in folders
     python tests/exercises/exercise.py --student DIR 1-10   a copy to hand out, without solutions
     python tests/exercises/exercise.py --hashes      write solutions.json again, after a change
 
@@ -15,25 +15,30 @@ of their solutions. The folder kept/ gets the solutions, your own code and your 
 """
 
 import argparse
+import csv
 import difflib
 import functools
 import hashlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import grading
 from grading import FILES, HERE, ROOT, functions, is_python, stub, swap
 
-HANDED_OUT = ["*.py", "README.md", "LICENSE", "pytest.ini", "requirements.txt", ".gitignore"]
-HANDED_OUT += ["assets/*", "tests/*.py", "tests/experiments/*", f"{HERE}*"]
-FOR_TEACHERS = ["TEACHER.md", "answers.txt", "test_graders.py", "test_readme.py"]
+COPIED = ["*.py", "README.md", "LICENSE", "pytest.ini", "requirements.txt", ".gitignore"]
+COPIED += ["assets/*", "tests/*.py", "tests/experiments/*", f"{HERE}*"]
+FOR_TEACHERS = ["TEACHER.md", "STUDENT.md", "answers.txt", "colab.ipynb", "bench.py", "gpu.sh"]
+NUMBER = r"(\d+)(?:-(\d+))?"
 SOLUTION, OUT, OWN, LOST = "solution", "taken out", "own code", "def line missing"
 
 def summary(states):
     """The state of an exercise, from those of its functions."""
-    return next((state for state in (LOST, OWN, OUT, SOLUTION) if state in states), "not begun")
+    if LOST in states:
+        return LOST
+    return OWN if len(states) > 1 else next(iter(states), "not begun")
 
 def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -118,6 +123,9 @@ class Project:
     def parts(self, number):
         return [part for part in self.all_parts if part.number == number]
 
+    def state(self, number):
+        return summary({part.state for part in self.parts(number)})
+
     def code(self, number):
         """A hash of what stands in the code: marks are good for as long as it does."""
         return digest("".join(part.text or "" for part in self.parts(number)))
@@ -142,51 +150,95 @@ class Project:
 
 # ---- Commands ------------------------------------------------------------------------------------
 def grade(project, numbers):
-    jobs = [(number, project.graded(number, project.sources)) for number in numbers]
-    for number, tests in grading.grade(jobs, project.root).items():
-        passed = sum(not wrong for _, wrong in tests)
-        title = project.exercises[number][0]
-        print(f"exercise {number}, {title}: {passed} of {len(tests)} tests passed")
-        for name, wrong in tests:
-            print(f"  FAILED  {name}\n          {wrong}" if wrong else f"  passed  {name}")
+    begun = [number for number in numbers if project.state(number) != OUT]
+    jobs = [(number, project.graded(number, project.sources)) for number in begun]
+    results = grading.grade(jobs, project.root)
+    for number in numbers:
+        title, points = project.exercises[number]
+        if number not in begun:
+            print(f"exercise {number}, {title}: nothing is written yet, so it is not graded")
+            continue
+        tests, told = results[number], set()
+        passed = sum(not wrong for _, _, wrong in tests)
+        earned = f"{points * grading.share(tests):.2g} of {points} points"
+        print(f"exercise {number}, {title}: {earned}, {passed} of {len(tests)} tests passed")
+        for kind, name, wrong in tests:
+            print(f"  {'FAILED' if wrong else 'passed'}  {kind:8} {name}")
+            if wrong and wrong not in told:
+                print(f"          {wrong}")
+            told.add(wrong)
         project.marks[str(number)] = [passed, len(tests), project.code(number)]
     write(project.folder / "marks.json", json.dumps(project.marks))
 
-def report(project, folder, as_json):
-    """The points of each exercise, or with --json the results.json that Gradescope reads."""
+def read_theirs(folder):
+    """{file: source} of what is handed in, from its place in the project or from the folder."""
     theirs = {}
     for file in FILES:
         for path in (folder / Path(file).name, folder / file):
             if path.exists():
-                theirs[file] = read(path)
-    if not theirs:
-        raise ValueError(f"{folder} has none of {', '.join(FILES)}")
-    jobs = [(number, project.graded(number, theirs)) for number in project.exercises]
-    rows = []
-    for number, tests in grading.grade(jobs, project.root).items():
-        states = set()
+                theirs[file] = path.read_text(encoding="utf-8", errors="replace")
+    return theirs
+
+def points_of(project, folder, numbers):
+    """{number: {name, score, ...} as Gradescope has it} of a folder. Without numbers these are the
+    exercises that were handed out, or else those in whose place the solution does not stand."""
+    theirs, states = read_theirs(folder), {}
+    for number in project.exercises:
+        found = set()
         for part in project.parts(number):
             text = functions(theirs.get(part.file, "")).get(part.name)
-            states.add(Part(project, number, part.file, part.name, text, part.hashed).state)
+            found.add(Part(project, number, part.file, part.name, text, part.hashed).state)
+        states[number] = summary(found)
+    numbers = numbers or read_json(folder / HERE / "handed_out.json")
+    numbers = numbers or [number for number in states if states[number] != SOLUTION]
+    begun = [number for number in numbers if theirs and states[number] != OUT]
+    results = grading.grade([(n, project.graded(n, theirs)) for n in begun], project.root)
+    rows = {}
+    for number in numbers:
         title, points = project.exercises[number]
-        wrong = [f"{test}: {what}" for test, what in tests if what]
-        score = round(points * (1 - len(wrong) / len(tests)), 2)
-        row = {"name": f"{number}. {title}", "score": score, "max_score": points}
-        rows.append(row | {"output": "\n".join(wrong), "extra_data": {"state": summary(states)}})
-    score = round(sum(row["score"] for row in rows), 2)
-    if as_json:
-        return print(json.dumps({"score": score, "tests": rows}, indent=1))
-    for row in rows:
-        state = row["extra_data"]["state"]
-        print(f"{row['name']:40}{state:18}{row['score']:6g} of {row['max_score']} points")
-    print(f"{score:64g} of {sum(row['max_score'] for row in rows)} points")
+        tests = results.get(number, [("subject", "nothing is written yet", "so it is not graded")])
+        wrong = {}
+        for _, test, what in tests:
+            if what:
+                wrong.setdefault(what, f"{test}: {what}")
+        row = {"name": f"{number}. {title}", "score": round(points * grading.share(tests), 2)}
+        row |= {"max_score": points, "output": "\n".join(wrong.values())}
+        rows[number] = row | {"extra_data": {"state": states[number]}}
+    return rows
 
-def copy_files(root, folder):
-    for path in (path for pattern in HANDED_OUT for path in root.glob(pattern)):
-        if path.is_file() and path.name not in FOR_TEACHERS:
-            copy = folder / path.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
+def report(project, folders, numbers, form):
+    if len(folders) == 1 and not read_theirs(folders[0]):
+        raise ValueError(f"{folders[0]} has none of {', '.join(FILES)}")
+    if form == "json" and len(folders) > 1:
+        raise ValueError("--json takes one folder, and --csv takes several")
+    found = {folder: points_of(project, folder, numbers) for folder in folders}
+    if form == "csv":
+        columns = sorted({number for rows in found.values() for number in rows})
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        table.writerow(["name", *(f"exercise {number}" for number in columns), "points"])
+        most = [project.exercises[number][1] for number in columns]
+        table.writerow(["possible", *most, sum(most)])
+    for folder, rows in found.items():
+        scores = {number: row["score"] for number, row in rows.items()}
+        total = round(sum(scores.values()), 2)
+        if form == "json":
+            print(json.dumps({"score": total, "tests": [*rows.values()]}, indent=1))
+        elif form == "csv":
+            scores = [scores.get(number, "") for number in columns]
+            table.writerow([folder.resolve().name, *scores, total])
+        else:
+            for row in rows.values():
+                state, most = row["extra_data"]["state"], row["max_score"]
+                print(f"{row['name']:40}{state:18}{row['score']:6g} of {most} points")
+            most = sum(row["max_score"] for row in rows.values())
+            print(f"{total:64g} of {most} points: {folder.resolve().name}")
+
+def copy_files(root, folder, without=()):
+    for path in (path for pattern in COPIED for path in root.glob(pattern)):
+        name = path.relative_to(root).as_posix()
+        if path.is_file() and path.name not in without and name not in without:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / name)
 
 def hand_out(project, folder, numbers):
     """A copy for students with these exercises taken out, and without their solutions."""
@@ -194,21 +246,33 @@ def hand_out(project, folder, numbers):
         raise ValueError(f"{folder} exists already")
     for part in project.all_parts:
         part.find("solution")  # or say that it is not here
-    copy_files(project.root, folder)
+    tests = [path.relative_to(project.root) for path in project.root.glob("tests/**/test_*")]
+    without = {*FOR_TEACHERS, *(path.as_posix() for path in tests)} - {*grading.GRADERS}
+    copy_files(project.root, folder, without)
     for file, source in project.sources.items():
         parts = [part for part in project.all_parts if part.file == file]
         what = {part: "stub" if part.number in numbers else "solution" for part in parts}
-        write(folder / file, swap(source, {part.name: part.find(what[part]) for part in parts}))
+        source = swap(source, {part.name: part.find(what[part]) for part in parts})
+        for number in numbers:  # a line of another function that has the exercise's mark
+            line = rf'(?m)^( +[\w."[\]]+ = ).*(# exercise {number})$'
+            source = re.sub(line, r"\1math.nan  \2", source)
+        write(folder / file, source)
+    write(folder / HERE / "handed_out.json", json.dumps(numbers))
+    text = read(project.root / HERE / "STUDENT.md")
+    titles = [f"- exercise {number}: {project.exercises[number][0]}" for number in numbers]
+    write(folder / "README.md", text.replace("EXERCISES", "\n".join(titles)))
+    ini, marks = read(folder / "pytest.ini"), " or ".join(f"ex{number}" for number in numbers)
+    write(folder / "pytest.ini", re.sub(r"(?m)^# .*\n(addopts = -m ).*", rf'\1"{marks}"', ini))
 
 def hashes(root):
     """solutions.json, from the marks in the sources."""
-    found = []
+    lines = {}
     for file in FILES:
         for name, text in functions(read(root / file)).items():
             if mark := re.search(r"(?m)^ *def .*# exercise (\d+)\b", text):
-                found.append((int(mark[1]), f'"{file} {name}": [{mark[1]}, "{digest(text)}"]'))
-    found.sort(key=lambda row: row[0])
-    return "{" + ",\n ".join(row for _, row in found) + "}\n"
+                one = f'"{file} {name}": [{mark[1]}, "{digest(text)}"]'
+                lines.setdefault(int(mark[1]), []).append(one)
+    return "{" + ",\n ".join(", ".join(lines[number]) for number in sorted(lines)) + "}\n"
 
 def main(argv=None, root=ROOT):
     parser = argparse.ArgumentParser(usage=__doc__)
@@ -216,9 +280,10 @@ def main(argv=None, root=ROOT):
     commands = parser.add_mutually_exclusive_group()
     for name in ("grade", "solution", "own", "diff", "hashes"):
         commands.add_argument(f"--{name}", dest="command", action="store_const", const=name)
-    commands.add_argument("--report", nargs="?", const=root, type=Path, metavar="DIR")
+    commands.add_argument("--report", nargs="*", metavar="DIR")
     commands.add_argument("--student", type=Path, metavar="DIR")
-    parser.add_argument("--json", action="store_true", help="of --report, for Gradescope")
+    for form, what in {"json": "of --report, for Gradescope", "csv": "of --report"}.items():
+        parser.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=what)
     parser.add_argument("--all", action="store_true", help="all exercises")
     parser.add_argument("numbers", nargs="*", help="of exercises, such as 5 or 1-13")
     try:
@@ -230,7 +295,7 @@ def chosen(args, known):
     """The numbers of the exercises that are meant."""
     numbers = []
     for word in args.numbers:
-        if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", word)):
+        if not (match := re.fullmatch(NUMBER, word)):
             raise ValueError(f"{word!r} is neither an exercise's number nor a range such as 5-8")
         numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
     for number in numbers:
@@ -244,9 +309,12 @@ def run(args, root):
     project = Project(root)
     kept = {part.key: part.solution for part in project.all_parts if part.solution}
     write(project.folder / "solutions.json", json.dumps(kept, indent=1))  # before they are lost
+    if args.report is not None:  # its words are folders, and numbers after them
+        args.numbers += [word for word in args.report if re.fullmatch(NUMBER, word)]
+        folders = [Path(word) for word in args.report if word not in args.numbers] or [root]
     numbers = chosen(args, project.exercises)
-    if args.report:
-        return report(project, args.report, args.json)
+    if args.report is not None:
+        return report(project, folders, numbers, args.form)
     if args.student:
         return hand_out(project, args.student, numbers)
     if args.command and not numbers:
@@ -272,7 +340,7 @@ def run(args, root):
         done = done.get(args.command, f"taken out; grade yours with --grade {number}")
         print(f"exercise {number}, {project.exercises[number][0]}: {done}")
     for number, (title, _) in project.exercises.items() if not numbers else ():
-        state = summary({part.state for part in project.parts(number)})
+        state = project.state(number)
         passed, tests, code = project.marks.get(str(number), (0, 0, ""))
         marks = f", {passed} of {tests} tests" if code == project.code(number) else ""
         print(f"{number:2}  {title:38}{state}{marks}")

@@ -125,7 +125,6 @@ PANELS = {updates: len(LAYERS), rank: 1, schedule: 1, spectra: 1, bits: 1}
 
 class Nowhere:
     """Stands for a panel where matplotlib is missing, and draws nothing."""
-
     def __getattr__(self, name):
         return lambda *args, **options: None
 

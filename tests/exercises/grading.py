@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests/exercises/"
 FILES = ("mora.py", "data.py", "train.py", "tests/experiments/compare.py", HERE + "measure.py")
-GRADERS = (HERE + "test_maps.py", HERE + "test_exercises.py")
+GRADERS = (HERE + "checks.py", HERE + "test_maps.py", HERE + "test_exercises.py")
 LIMIT, START = 60, 300  # seconds that a test may take, and the import of torch before the first
 METHOD = "spawn"  # how the other process begins
 
@@ -97,7 +97,7 @@ def load(sources, root=ROOT):
         sys.path[:] = path
 
 def tests_of(number, graders):
-    """[(name, call), ...] of the tests that have an exercise's mark, a test for each parameter."""
+    """[(kind, name, call), ...] of the tests with an exercise's mark, one for each parameter."""
     functions, tests = [], []
     for name, each in itertools.chain(*(vars(module).items() for module in graders)):
         if name.startswith("test_"):
@@ -122,7 +122,8 @@ def tests_of(number, graders):
                 values = list(map(str, chosen.values()))
                 values = [value for value in values if re.match(r"\w+ ", value)] or values
                 title = ", ".join([name.replace("_", " "), *values])
-                tests.append((title, functools.partial(function, **chosen)))
+                kind = next((kind for kind in ("detail", "owed") if kind in known), "subject")
+                tests.append((kind, title, functools.partial(function, **chosen)))
     return tests
 
 def fault(call):
@@ -137,12 +138,25 @@ def fault(call):
         return error
 
 def outcomes(number, sources, root=ROOT):
-    """[(test, function that returns what it raises, or None), ...] of an exercise."""
+    """[(kind, test, function that returns what it raises, or None), ...] of an exercise."""
     try:
         tests = tests_of(number, load(sources, root))
     except Exception as error:  # the sources cannot be imported
-        return [("the code loads", lambda error=error: error)]
-    return [(name, functools.partial(fault, call)) for name, call in tests]
+        return [("subject", "the code loads", lambda error=error: error)]
+    if not tests:  # there is one for each operator of exercise 24
+        error = AssertionError("OPERATORS has no class yet that is not one of the paper's four")
+        return [("subject", "there is an operator of your own", lambda: error)]
+    return [(kind, name, functools.partial(fault, call)) for kind, name, call in tests]
+
+def share(tests):
+    """What [(kind, test, what is wrong or ""), ...] earn, as a share of an exercise's points."""
+    passed = {}
+    for kind in ("subject", "detail", "owed"):
+        results = [not wrong for other, _, wrong in tests if other == kind]
+        passed[kind] = sum(results) / len(results) if results else 1.0
+    if passed["subject"] < 1:
+        return 0.3 * passed["subject"]
+    return 0.5 + 0.25 * passed["detail"] + 0.25 * passed["owed"]
 
 def describe(error):
     """The grader's own sentence, or the exception and the line of the student's code."""
@@ -152,11 +166,11 @@ def describe(error):
     if not isinstance(error, AssertionError):
         text = f"{type(error).__name__}: {text}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if re.match(r"graded/(?!.*/test_)", frame.filename)]
+              if re.match(r"graded/(?!.*/(test_|checks))", frame.filename)]
     return f"{text} (in {frames[-1].name}: {frames[-1].line})" if frames else text
 
 def work(connection, jobs, root):
-    """Of each (number, sources), send the names of the tests, and then what is wrong with each."""
+    """Of each (number, sources), send the tests' kinds and names, then what is wrong with each."""
     import torch
     torch.set_num_threads(1)
     folders = ("", "tests", "tests/exercises", "tests/experiments")  # as in pytest.ini
@@ -164,13 +178,13 @@ def work(connection, jobs, root):
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         for number, sources in jobs:
             tests = outcomes(number, sources, root)
-            connection.send([name for name, _ in tests])
-            for _, find_fault in tests:
+            connection.send([(kind, name) for kind, name, _ in tests])
+            for _, _, find_fault in tests:
                 error = find_fault()
                 connection.send(describe(error) if error else "")
 
 def grade(jobs, root=ROOT):
-    """{number: [(test, what is wrong or ""), ...]} of [(number, sources), ...]."""
+    """{number: [(kind, test, what is wrong or ""), ...]} of [(number, sources), ...]."""
     def receive(limit):
         if not receiver.poll(limit):
             raise TimeoutError(f"it takes more than {limit} seconds")
@@ -184,15 +198,15 @@ def grade(jobs, root=ROOT):
         sender.close()
         try:
             while jobs:
-                names, done = ["the code loads"], []
+                names, done = [("subject", "the code loads")], []
                 names = receive(START)
                 while len(done) < len(names):
                     done.append(receive(LIMIT))
-                results[jobs.pop(0)[0]] = list(zip(names, done))
+                results[jobs.pop(0)[0]] = [(*name, what) for name, what in zip(names, done)]
         except (EOFError, TimeoutError) as error:  # the rest is graded in a new process
             wrong = str(error) or "it ends the program"
             done += [wrong] + ["not run"] * len(names)
-            results[jobs.pop(0)[0]] = list(zip(names, done))
+            results[jobs.pop(0)[0]] = [(*name, what) for name, what in zip(names, done)]
         finally:
             process.kill()
             process.join()
