@@ -54,10 +54,6 @@ def number_files(folder, *sizes):
 def same(batch, other):
     return all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
 
-def test_data_knows_nothing_of_models():
-    names = re.findall(r"^ *(?:import|from) (\w+)", Path(data.__file__).read_text("utf-8"), re.M)
-    assert "torch" in names and not {"model", "mora", "train"} & {*names}
-
 # ---- Tokenizers, and the order of rows -----------------------------------------------------------
 def test_tokens_of_bytes_are_utf8_and_an_end():
     text = "def f(x):\n\treturn x  # ü 日本 🙂 \0 <|endoftext|>"

@@ -472,13 +472,6 @@ def test_groups_take_little_space():
     assert groups and all(value.dtype == torch.int16 for value in groups)
 
 
-def test_the_file_imports_torch_only():
-    source = pathlib.Path(mora.__file__).read_text(encoding="utf-8")
-    imports = [line.split()[1] for line in source.splitlines() if line.startswith(("import", "from"))]
-    foreign = {name.split(".")[0] for name in imports} - {"copy", "functools", "math", "warnings"}
-    assert foreign == {"torch"}
-
-
 # ---- Speed: the fast way is the same, and may be deleted -----------------------------------------
 def takes_fast_way(y):
     return "MergedProduct" in str(y.grad_fn) or "MergedProduct" in str(y.grad_fn.next_functions)

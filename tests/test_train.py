@@ -8,9 +8,7 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import types
@@ -82,11 +80,6 @@ def base(tmp_path_factory):
         patch.setattr(train, "DEMO_TEXT", 100_000)
         load_tiny_base(folder)
     return next(folder.glob("base-*/model.pt"))
-
-def test_importing_trains_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(ROOT / "train.py"), run_name="imported")
-    assert not capsys.readouterr().out and not os.listdir()
 
 # ---- Settings ------------------------------------------------------------------------------------
 def test_runs_are_the_combinations_of_what_concerns_a_method():
@@ -235,15 +228,6 @@ def test_adapters_start_from_the_seed(base, tmp_path):
     one, two = (checkpoint(next(tmp_path.glob(f"uuid-*-seed{seed}")))["model"] for seed in (0, 1))
     assert not torch.allclose(one["h.0.mlp.c_fc.A"], two["h.0.mlp.c_fc.A"])
 
-def test_a_merge_clears_adams_memory_of_the_adapters_only(tmp_path):
-    line = f"{SHORT} --methods remora {SCRATCH}"
-    assert cli(tmp_path, line) == 0  # merges before steps 5 and 10
-    model = train.adapt(GPT(GPTConfig(**TINY)), settings(line)[0])
-    optimizer = train.make_optimizer(model, settings(line)[0])
-    optimizer.load_state_dict(checkpoint(next(tmp_path.glob("uuid-*")))["optimizer"])
-    steps = {name: optimizer.state[p].get("step") for name, p in model.named_parameters()}
-    assert steps["h.0.mlp.c_fc.M"] == 2 and steps["wte.weight"] == steps["ln_f.bias"] == 12
-
 def test_exact_match_is_of_what_greedy_decoding_writes():
     model = GPT(GPTConfig(**TINY))
     rows = model.generate(torch.randint(257, (4, 37)), 36)
@@ -364,19 +348,6 @@ def test_an_interrupted_run_resumes_bit_for_bit(options, base, tmp_path, capsys,
         assert "--resume" in error and error.count("\n") == 1
         assert cli(tmp_path / f"{step}", *line, "--resume") == 0
         assert_same_run(tmp_path / "whole", tmp_path / f"{step}")
-
-KILLED = """import os, signal, sys, data, train
-batch = data.UUIDPairs.batch
-kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-data.UUIDPairs.batch = lambda self, step: kill() if step == 7 else batch(self, step)
-train.main(sys.argv[1:])"""
-
-def test_a_killed_process_resumes_bit_for_bit(base, tmp_path):
-    line = [SHORT, "--methods remora --groups random --dropout 0.1 --init", base]
-    words = [sys.executable, "-c", KILLED, *command(tmp_path / "killed", *line)]
-    assert subprocess.run(words, cwd=ROOT).returncode == -signal.SIGKILL
-    assert cli(tmp_path / "killed", *line, "--resume") == cli(tmp_path / "whole", *line) == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):

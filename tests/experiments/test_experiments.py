@@ -176,11 +176,12 @@ def test_means_and_deviations_at_the_best_rate(capsys):
 
 def test_errors_and_the_picture_of_bits(monkeypatch):
     errors = {"--where task=c4 seed=7": "no finished run", "--where pairs=3": "the columns are"}
-    errors |= {"--where label=lora*r1 --curves c.png": "several settings", "": "several tasks"}
+    errors |= {"--where task=uuid label=lora*r1 --curves c.png": "several settings", "": "several tasks"}
     errors |= {"--where task=c4 --columns val": "no column is called val"}
     for words, error in errors.items():
         with pytest.raises(SystemExit, match=error):
             compare.main([TABLE, *words.split()])
+    pytest.importorskip("matplotlib")
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda f, path: drawn.append(f.axes[0]))
     where = ["task=uuid", "rank=1", "max_steps!=2094", "command!=*n_[el]*,*init*"]
