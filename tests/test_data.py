@@ -184,6 +184,9 @@ def test_a_file_is_whole_or_stays_as_it_was(tmp_path):
     with pytest.raises(ZeroDivisionError):
         data.write_file(path, lambda file: file.write(b"half") / 0)
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
+    with open(path, "rb") as reader:  # who reads meanwhile has all of the old one
+        data.write_file(path, lambda file: file.write(b"new"))
+        assert (reader.read(), path.read_bytes()) == (b"old", b"new")
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "windows"])
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.json"])
