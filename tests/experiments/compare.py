@@ -229,7 +229,6 @@ PICTURES = {  # with what stands at the axes
 
 def draw(path, name, runs):
     """Write a PNG with a line for each label: means over seeds, and standard deviations."""
-    from matplotlib.figure import Figure
     points, xlabel, ylabel = PICTURES[name]
     if name == "curves" and runs[0]["task"] != "uuid":
         ylabel = "held-out loss (nats per token)"
@@ -242,6 +241,7 @@ def draw(path, name, runs):
             if x in lines[label]:
                 raise ValueError(f"{label} has several settings: choose one with --where")
             lines[label][x] = mean_and_deviation(y)
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 3.6), dpi=130, layout="constrained")
     axes = figure.subplots()
     for label, line in lines.items():
