@@ -286,7 +286,6 @@ METHODS = {
 
 def add_adapters(model, method="mora", rank=8, operator=None, targets=None, fast=True, **options):
     """Put adapters in the place of linear layers, in place, freeze all else, and return the model.
-
     `operator` None means rotation, and for remora sharing with groups="cycle". `targets` are names
     of layers or their ends, such as ["c_attn", "h.0.mlp.c_fc"]; None means all but an output head.
     `options` are those of the layer and the operator. `fast=False` computes Eq. 2 as written."""
@@ -296,8 +295,7 @@ def add_adapters(model, method="mora", rank=8, operator=None, targets=None, fast
         raise ValueError("the model has adapters already: merge_adapters(model) comes first")
     layer_class = METHODS[method]
     if method in ("mora", "remora"):
-        if operator is None:
-            operator = "sharing" if method == "remora" else "rotation"
+        operator = operator or ("sharing" if method == "remora" else "rotation")
         if method == "remora" and operator == "sharing":
             options.setdefault("groups", "cycle")
         options["operator"] = operator
@@ -356,8 +354,7 @@ def merge_adapters(model):
 @torch.no_grad()
 def merge_and_reset(model, optimizer=None, generator=None):  # exercise 15
     """The step of ReLoRA and ReMoRA: add every ΔW to its W0, start again from ΔW = 0, and forget
-    Adam's means and step count, which belong to the old ΔW. Under DDP all processes need the same
-    `generator`."""
+    Adam's means and step count, which are of the old ΔW. Under DDP seed `generator` alike."""
     for adapter in find_adapters(model).values():
         adapter.linear.weight.copy_(adapter.merged_weight())
         adapter.reset(generator)

@@ -5,8 +5,6 @@
     python train.py c4 --methods full relora remora --groups cycle random
     torchrun --standalone --nproc_per_node=8 train.py c4 ...
     python train.py uuid -h                every option of a task, with its default
-
-Settings, the model to start from, the method in training, the loop; then files, runs and the table.
 """
 
 import argparse
@@ -144,8 +142,10 @@ def load_base(args):
         return GPT(GPTConfig(**size)), tokenizer
     with rank_0_first():
         model = GPT.from_pretrained(args.init, args.n_head)
-    is_bytes = model.config.vocab_size == data.TOKENIZERS["bytes"]
-    return model, data.get_tokenizer(args.tokenizer or ("bytes" if is_bytes else "gpt2"))
+    name = "gpt2"
+    if model.config.vocab_size == data.TOKENIZERS["bytes"]:
+        name = "bytes"
+    return model, data.get_tokenizer(args.tokenizer or name)
 
 def pretrain_demo(model, tokenizer, args):
     """Teach the model text, and what pairs look like, once for each size and out_dir."""
@@ -341,9 +341,8 @@ def evaluate(model, dataset):
     if not math.isfinite(nats):
         raise FloatingPointError("the loss is not finite")
     exact = torch.cat(exact).float()
-    loss = nats / n_targets
-    metrics = {"exact_match": exact.mean().item(), "val_loss": loss}
-    metrics["perplexity"] = math.exp(min(loss, 700))
+    metrics = {"exact_match": exact.mean().item(), "val_loss": nats / n_targets}
+    metrics["perplexity"] = math.exp(min(metrics["val_loss"], 700))
     if chars:
         metrics["char_accuracy"] = torch.cat(chars).float().mean().item()
         metrics["bits"] = 122 * len(exact) - nats / math.log(2)  # exercise 20
@@ -426,7 +425,7 @@ def save_checkpoint(folder, progress, config, parts):
     """Write metrics.csv, and checkpoint.pt with all that resuming needs."""
     rows = progress["rows"]
     lines = [rows[0], *(row.values() for row in rows)]  # the names, and their values
-    text = "\n".join(",".join(map(str, line)) for line in lines) + "\n"
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
     write(folder / "metrics.csv", lambda file: file.write(text.encode()))
     state = progress | {"config": vars(config)}
     state |= {name: part.state_dict() for name, part in parts.items()}
@@ -443,8 +442,9 @@ def check_same(folder, saved, config):
     """ValueError if a saved run has other settings, but for where and how it runs."""
     free = "methods out_dir cache_dir device compile no_fast resume export eval_every".split()
     for name, value in vars(config).items():
-        if name not in free and saved.get(name) != value:
-            was = f"--{name} {saved.get(name)} instead of {value}"
+        old = saved.get(name)
+        if old != value and name not in free:
+            was = f"--{name} {old} instead of {value}"
             raise ValueError(f"{folder} was made with {was}: --resume needs the same settings")
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -468,7 +468,7 @@ def runs(args):
                 config.groups = groups
                 config.seed = seed
                 config.merge_every = args.merge_every if restarts else None
-                config.learning_rate = default_learning_rate(config) if rate is None else rate
+                config.learning_rate = rate or default_learning_rate(config)
                 yield config
 
 def label(config):
@@ -504,9 +504,8 @@ def run(config, base, tokenizer):
     finished = folder / "results.json"
     say(f"\n{folder}")
     if config.resume and finished.exists():
-        results = json.loads(finished.read_text(encoding="utf-8"))
+        results = json.loads(finished.read_text("utf-8"))
         check_same(folder, results["config"], config)
-        say("done before")
         return results
     finished.unlink(missing_ok=True)  # of an earlier run, whose files are overwritten
     dataset = load_dataset(config, tokenizer, base.config.block_size)
@@ -584,7 +583,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         status, reason = 130, "stopped: --resume continues from the last evaluation"
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        *_, last = traceback.extract_tb(error.__traceback__)
+        last = traceback.extract_tb(error.__traceback__)[-1]
         if isinstance(error, ValueError) and not last.line.startswith("raise"):
             raise  # a mistake in the code, which needs its traceback
         status, reason = 2, str(error).splitlines()[0]

@@ -92,9 +92,6 @@ def test_runs_are_the_combinations_of_what_concerns_a_method():
         itertools.product(expected, (0, 1)))
     assert {run.method for run in runs if run.merge_every} == {"remora"}
 
-def test_a_learning_rate_of_zero_is_not_the_default():
-    assert [config.learning_rate for config in settings("uuid --learning_rate 0 1")][:2] == [0, 1]
-
 def test_operators_made_from_sharing_have_groups(monkeypatch):
     monkeypatch.setitem(mora.OPERATORS, "own", type("Own", (mora.Sharing,), {}))
     runs = settings("uuid --methods mora remora --operator own")
