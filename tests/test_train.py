@@ -416,7 +416,7 @@ def test_c4_with_its_default_methods(corpus, capsys):
     for label, row in zip(map(train.label, settings(line)), table, strict=True):
         assert row.startswith(f"{label} ")
     for run in (corpus / "out").glob("c4-*"):
-        assert [*rows(run)[0]][4:] == ["val_loss", "perplexity"]
+        assert {"val_loss", "perplexity"} <= rows(run)[0].keys()
 
 def test_text_reports_the_loss_on_old_text(corpus):
     line = [f"text {SMALL} --methods full mora --export --old_data", corpus / "old.txt", "--data"]
@@ -432,7 +432,7 @@ def test_pairs_learn_completions(corpus):
     line = f"pairs {SMALL} --methods full --max_steps 60 --eval_every 30 --data"
     assert cli(corpus, line, corpus / "pairs.jsonl") == 0
     first, last = results(next(corpus.glob("pairs-*")))["rows"]
-    assert [*last][4:] == ["val_loss", "perplexity", "exact_match"]
+    assert "exact_match" in last
     assert last["loss"] < first["loss"] and last["val_loss"] < first["val_loss"]
 
 def gradients(run):
