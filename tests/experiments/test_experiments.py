@@ -234,6 +234,7 @@ def test_memory_counts_what_is_alive_once():
         del freed
     assert (tensors.now - tensors.before, tensors.peak - tensors.before) == (4096, 8192), kept
 
+@pytest.mark.books  # for its ten seconds
 def test_the_memory_of_a_step_on_fake_tensors_is_that_on_real_ones():
     args = argparse.Namespace(preset="demo", length=64, rank=2, dtype=torch.float32, compile=False)
     args.device = torch.device("cpu")
