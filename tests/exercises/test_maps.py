@@ -168,6 +168,9 @@ def test_the_values_of(name):
 
 @mark.ex8
 class TestAssign:
+    def test_another_kind_is_refused(self):
+        with pytest.raises(ValueError):
+            operator("sharing", 6, 6, 3).assign(6, "even", None)
     @mark.parametrize("kind", ["strided", "contiguous", "random"])
     def test_groups(self, kind):
         for features, size in [(12, 3), (7, 3), (13, 5), (31, 4), (5, 5), (4, 1), (82, 2)]:
