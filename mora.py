@@ -384,21 +384,11 @@ def load_adapters(model, state):
     return model
 
 # ---- Speed: the same numbers in less time. This section can be deleted ---------------------------
-class FastMoRALinear(MoRALinear):
-    """h = (W0 + ΔW) x + b: one matrix product instead of two. ΔW is built by `fast_delta_weight` in
-    each pass; a merge uses `update`, the definition; tests hold the two equal. Second derivatives
-    and torch.func need `fast=False`."""
-    def forward(self, x):
-        # Building ΔW pays from max(k, d) tokens on (on a CPU). Dropout needs W0 x and ΔW x apart
-        few = x.numel() <= self.in_features * max(self.in_features, self.out_features)
-        drops = self.training and self.dropout.p > 0
-        if few or drops or any(p.requires_grad for p in self.linear.parameters()):
-            return super().forward(x)
-        frozen = self.linear.weight, self.linear.bias
-        y = MergedProduct.apply(x.flatten(0, -2), self.M, *frozen, self.operator)
-        return y.unflatten(0, x.shape[:-1])  # (tokens, d) -> (..., d)
-
-METHODS |= {"mora": FastMoRALinear, "remora": FastMoRALinear}
+def fast_delta_weight(operator, M):
+    if type(operator) is Sharing:
+        return M[operator.out_group][:, operator.in_group]
+    eye = torch.eye(operator.in_features, dtype=M.dtype, device=M.device)
+    return operator.decompress(operator.compress(eye) @ M.T).T
 
 class MergedProduct(torch.autograd.Function):
     @staticmethod
@@ -423,8 +413,18 @@ class MergedProduct(torch.autograd.Function):
         grad_M = grad_z.flatten(0, -2).T @ z.flatten(0, -2)
         return grad_x, grad_M, None, None, None
 
-def fast_delta_weight(operator, M):
-    if type(operator) is Sharing:
-        return M[operator.out_group][:, operator.in_group]
-    eye = torch.eye(operator.in_features, dtype=M.dtype, device=M.device)
-    return operator.decompress(operator.compress(eye) @ M.T).T
+class FastMoRALinear(MoRALinear):
+    """h = (W0 + ΔW) x + b: one matrix product instead of two. ΔW is built by `fast_delta_weight` in
+    each pass; a merge uses `update`, the definition; tests hold the two equal. Second derivatives
+    and torch.func need `fast=False`."""
+    def forward(self, x):
+        # Building ΔW pays from max(k, d) tokens on (on a CPU). Dropout needs W0 x and ΔW x apart
+        few = x.numel() <= self.in_features * max(self.in_features, self.out_features)
+        drops = self.training and self.dropout.p > 0
+        if few or drops or any(p.requires_grad for p in self.linear.parameters()):
+            return super().forward(x)
+        frozen = self.linear.weight, self.linear.bias
+        y = MergedProduct.apply(x.flatten(0, -2), self.M, *frozen, self.operator)
+        return y.unflatten(0, x.shape[:-1])  # (tokens, d) -> (..., d)
+
+METHODS |= {"mora": FastMoRALinear, "remora": FastMoRALinear}

@@ -238,7 +238,6 @@ def train(model, dataset, config, folder):
         network = torch.nn.parallel.DistributedDataParallel(network)
 
     first = progress["step"]
-    rows = progress["rows"]
     seconds = progress["seconds"]
     losses, tokens = [], 0
     start = timer = time.perf_counter()
@@ -281,7 +280,7 @@ def train(model, dataset, config, folder):
                 metrics = evaluate(model.eval(), dataset)
             rate = config.learning_rate * schedule(step, config)
             row = {"step": done, "loss": loss, "learning_rate": rate, "tokens_per_second": speed}
-            rows.append(row | metrics)
+            progress["rows"].append(row | metrics)
             elapsed = time.perf_counter() - start
             left = elapsed / (done - first) * (config.max_steps - done)
             say(f"step {done}/{config.max_steps}  loss {loss:.4f}  {as_text(metrics)}  "
@@ -440,10 +439,10 @@ def load_checkpoint(folder, config, parts):
 
 def check_same(folder, saved, config):
     """ValueError if a saved run has other settings, but for where and how it runs."""
-    free = "methods out_dir cache_dir device compile no_fast resume export eval_every".split()
+    may_differ = "methods out_dir cache_dir device compile no_fast resume export eval_every".split()
     for name, value in vars(config).items():
         old = saved.get(name)
-        if old != value and name not in free:
+        if old != value and name not in may_differ:
             was = f"--{name} {old} instead of {value}"
             raise ValueError(f"{folder} was made with {was}: --resume needs the same settings")
 
@@ -479,6 +478,7 @@ def label(config):
     return " ".join(filter(None, words))
 
 def load_dataset(config, tokenizer, context):
+    """The task's data set. Its rows are block_size tokens long, or the model's `context`."""
     common = dict(batch_size=config.batch_size, seed=config.seed, device=config.device)
     if config.task == "uuid":
         return data.UUIDPairs(config.n_pairs, tokenizer, **common)
