@@ -150,6 +150,25 @@ class Scattered(mora.Adapter):
     def reset(self, generator=None):
         self.values.zero_()
 
+class SHiRA(mora.Adapter):
+    """(k + d) r entries of ΔW train, at random places, and the others stay 0 (arXiv 2406.13175)."""
+    def __init__(self, linear, rank, dropout=0.0, **options):
+        super().__init__(linear, rank, dropout)
+        W0 = linear.weight
+        n = min((self.in_features + self.out_features) * rank, W0.numel())
+        self.register_buffer("places", torch.randperm(W0.numel(), device="cpu")[:n].to(W0.device))
+        self.values = nn.Parameter(W0.new_zeros(n, dtype=self.dtype))
+        self.description = f"{n} entries"
+
+    def update(self, x):
+        entries = self.values.new_zeros(self.out_features * self.in_features)
+        entries = entries.index_copy(0, self.places, self.values)
+        return F.linear(x, entries.view(self.out_features, self.in_features).to(x.dtype))
+
+    @torch.no_grad()
+    def reset(self, generator=None):
+        self.values.zero_()
+
 # ---- More options of train.py --------------------------------------------------------------------
 plain = argparse.Namespace(**vars(train))  # its functions before `add` replaces some
 
@@ -206,6 +225,7 @@ def train_all_first(model, dataset, config, folder):
 
 # ---- What train.py is told of them ---------------------------------------------------------------
 METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
+METHODS["shira"] = SHiRA
 RANDOM = functools.partial(mora.Sharing, groups="random")
 ALIGNED = [functools.partial(AlignedSharing, number=i) for i in range(4)]
 CYCLE = [functools.partial(mora.Sharing, groups=pair) for pair in mora.Sharing.CYCLE]
@@ -227,6 +247,7 @@ OPERATORS = {
 }
 RATES = {name: (2e-2 if "overlap" in name else 1e-2, 1e-2, 3e-4) for name in OPERATORS}
 RATES |= {"strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4)}
+RATES["shira"] = 2e-2, 1e-2, 6e-4
 RATES["asylora_full"] = 5e-2, 3e-3, 2e-4
 
 def add():

@@ -138,12 +138,14 @@ pairs_of_seed = {}
 @torch.no_grad()
 def load_base(args):
     model, tokenizer = load_smollm2()
+    model.to(args.device)
     if args.task == "text":
         return SmolLM2(model, args.layers), tokenizer
     for seed in args.seed if isinstance(args.seed, list) else [args.seed]:
         pairs = Pairs(argparse.Namespace(**vars(args) | {"seed": seed}), tokenizer)
-        states = model(pairs.idx, output_hidden_states=True).hidden_states
-        pairs.hidden = states[-1 - args.layers].to(args.device)
+        pairs.idx = pairs.idx.to(args.device)
+        states = model.model(pairs.idx, output_hidden_states=True).hidden_states
+        pairs.hidden = states[-1 - args.layers]
         pairs.targets = pairs.targets.to(args.device)
         pairs_of_seed[seed] = pairs
     return SmolLM2(model, args.layers, pairs.hidden, pairs.vocabulary), tokenizer
@@ -151,7 +153,9 @@ def load_base(args):
 def load_dataset(config, tokenizer, context):
     if config.task == "uuid":
         return pairs_of_seed[config.seed]
-    return plain.load_dataset(config, tokenizer, context)
+    dataset = plain.load_dataset(config, tokenizer, context)
+    dataset.val_tokens = 16_384  # of a vocabulary of 49,152, with a CPU in mind
+    return dataset
 
 @torch.no_grad()
 def adapt(model, config):

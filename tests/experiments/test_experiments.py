@@ -108,6 +108,30 @@ def test_the_methods_without_M():
     deltas = delta, make("asylora_full", 20, 12, 1).delta_weight()
     assert [int(torch.linalg.matrix_rank(each)) for each in deltas] == [64, 2]
 
+@pytest.mark.parametrize("name", ["lora", "shira"])
+def test_lora_and_shira_are_those_of_peft(name):
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40))
+    kind = {"lora": peft.LoraConfig(lora_alpha=4), "shira": peft.ShiraConfig()}[name]
+    kind.r, kind.target_modules = 2, ["0"]
+    other = peft.inject_adapter_in_model(kind, copy.deepcopy(model))
+    layer = mora.add_adapters(model, name, 2)[0]
+    theirs = [p for p in other.parameters() if p.requires_grad]
+    ours = [p for p in layer.parameters() if p.requires_grad]
+    if name == "shira":
+        row, column = other[0].shira_indices["default"].long()
+        layer.places.copy_(row * 24 + column)
+    x = randn(50, 24).float()
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        b.data.normal_(generator=generator(2))
+        a.data.copy_(b)
+    for y in (layer(x), other(x)):
+        y.square().mean().backward()
+    assert_close(layer(x), other(x), "W0 x + ΔW x", tol=1e-5)
+    for a, b in zip(ours, theirs):
+        assert_close(a.grad, b.grad, "the gradient", tol=1e-5)
+
 def test_the_rate_rises_anew_after_the_warm_up():
     steps = dict(max_steps=60, warmup_steps=6, restart_warmup=4, merge_every=10, full_warmup=15)
     config = train.settings(method="relora", schedule="cosine", **steps)
