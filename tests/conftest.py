@@ -9,7 +9,6 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mora-tests-")  # before 
 import pytest
 import torch
 
-
 @pytest.fixture(autouse=True)
 def same_random_numbers_for_every_test():
     torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a traceback for each device that is not there

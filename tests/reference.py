@@ -18,7 +18,6 @@ CYCLE = [
     ("strided", "contiguous"),
 ]
 
-
 # ---- The formulas --------------------------------------------------------------------------------
 def square_size(k, d, r):
     """The largest size with size² <= (k + d) r and size <= min(k, d), by trying."""
@@ -26,7 +25,6 @@ def square_size(k, d, r):
     while size**2 > (k + d) * r:
         size -= 1
     return size
-
 
 def rotation_matrix(size, i):
     """Eq. 9's R_i: coordinates j and j + r̂/2 are a pair, which turns by the angle i θ_j."""
@@ -38,7 +36,6 @@ def rotation_matrix(size, i):
         R[j, j + half] = -math.sin(angle)
         R[j + half, j] = math.sin(angle)
     return R
-
 
 def mora_delta(name, operator, M):
     """ΔW (d, k) from the paper's equation, for truncation, sharing, decoupling or rotation."""
@@ -60,11 +57,9 @@ def mora_delta(name, operator, M):
             W[p % d] += blocks[p % results, :k]  # past column k is the padding
     return W
 
-
 def lora_delta(layer, factor=2):
     """Eq. 1, where factor is alpha / r, or alpha / sqrt(r) for rsLoRA."""
     return factor * layer.B @ layer.A
-
 
 def dora(layer, x, dropped):
     """magnitude · V x / ‖V‖ + bias, V = W0 + 2 B A, where ‖V‖ counts as a constant. `dropped` is x as
@@ -75,7 +70,6 @@ def dora(layer, x, dropped):
     y = layer.magnitude / lengths * (x @ W.T + dropped @ BA.T)
     return y if layer.linear.bias is None else y + layer.linear.bias
 
-
 def schedule(step, kind, max_steps, warmup, merge_every=0, restart_warmup=0):
     """ReLoRA's jagged schedule, as a fraction of the peak rate."""
     t = max(0, step - warmup) / (max_steps - warmup)
@@ -85,15 +79,12 @@ def schedule(step, kind, max_steps, warmup, merge_every=0, restart_warmup=0):
         rise = min(rise, (step % merge_every + 1) / max(1, restart_warmup))
     return rise * curve
 
-
 # ---- What tests share ----------------------------------------------------------------------------
 def randn(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
-
 def generator(seed):
     return torch.Generator().manual_seed(seed)
-
 
 def randomise(module, std=1.0):
     """Every trainable parameter at random: M and B start at zero, where every mistake is hidden."""
@@ -101,7 +92,6 @@ def randomise(module, std=1.0):
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=std)
     return module
-
 
 def assert_close(got, expected, hint, tol=1e-10):
     """Of the same shape and type, and equal up to `tol` times the largest number expected, or 1."""
@@ -117,7 +107,6 @@ def assert_close(got, expected, hint, tol=1e-10):
             f"{hint}: expected {expected[worst]:.6g} at {worst}, got {got[worst]:.6g}, which is off by "
             f"{error[worst]:.1e} of the largest number; {tol:.0e} is allowed"
         )
-
 
 class Net(nn.Module):
     """An embedding, two residual blocks, and a head that shares its weight with the embedding."""

@@ -47,13 +47,11 @@ VARIANTS = MORA | LORA
 every_operator = pytest.mark.parametrize("name", MORA)
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
-
 def adapted(name, k, d, rank=2, bias=True, dtype=torch.float64, **more):
     """A model of one adapted layer, at random, and the layer."""
     model = nn.Sequential(nn.Linear(k, d, bias, dtype=dtype))
     randomise(add_adapters(model, rank=rank, **VARIANTS[name] | more))
     return model, model[0]
-
 
 def adapted_net(name, seed=0, bias=True, **more):
     """A Net at random: the frozen weights are always the same, `seed` draws the adapters."""
@@ -61,7 +59,6 @@ def adapted_net(name, seed=0, bias=True, **more):
     model = Net(bias).double()
     torch.manual_seed(seed)
     return randomise(add_adapters(model, rank=2, **VARIANTS[name] | more))
-
 
 def update_formula(name, layer):
     """ΔW as tests/reference.py writes it."""
@@ -71,7 +68,6 @@ def update_formula(name, layer):
     if name in LORA:
         return reference.lora_delta(layer, 3 / 2**0.5 if name == "rslora" else 2)
     return reference.mora_delta(MORA[name]["operator"], layer.operator, layer.M)
-
 
 # ---- The paper's claims --------------------------------------------------------------------------
 def test_budget_M_has_at_most_as_many_parameters_as_lora():
@@ -83,10 +79,8 @@ def test_budget_M_has_at_most_as_many_parameters_as_lora():
             even = size // 2 * 2 if operator == "rotation" and size > 1 else size
             assert MoRALinear(nn.Linear(k, d), r, operator).M.shape == (even, even)
 
-
 SHAPES = [(6, 12, 1), (12, 6, 1), (14, 14, 3), (5, 9, 1), (4, 15, 9), (13, 5, 2), (23, 3, 1)]
 SHAPES += [(26, 8, 2), (7, 7, 50), (5, 3, 1), (3, 5, 1), (1, 1, 1), (9, 1, 2), (17, 5, 1)]
-
 
 @every_variant
 def test_formula_the_update_is_the_papers_equation(name):
@@ -95,7 +89,6 @@ def test_formula_the_update_is_the_papers_equation(name):
         expected = update_formula(name, layer)
         tol = 1e-6 if "rotation" in name else 1e-10  # angles are float32
         assert_close(layer.delta_weight(), expected, f"ΔW, {k} to {d}, r = {rank}", tol)
-
 
 def test_the_worked_example_at_the_top_of_the_operators():
     M = torch.tensor([[1.0, 2], [3, 4]])
@@ -112,7 +105,6 @@ def test_the_worked_example_at_the_top_of_the_operators():
         delta = operator.decompress(operator.compress(torch.eye(6)) @ M.T).T
         assert_close(delta[:3], torch.tensor(expected).float(), name, tol=0.01)
 
-
 @pytest.mark.parametrize("mora_type, groups", list(enumerate(CYCLE, start=1)))
 def test_types_of_the_released_code(mora_type, groups):
     """kongds/MoRA reshapes x and sums it, then repeats the result, along one dimension or another."""
@@ -121,7 +113,6 @@ def test_types_of_the_released_code(mora_type, groups):
     y = z @ M.T
     y = y.repeat(1, 5) if mora_type in (1, 3) else y.repeat_interleave(5, dim=1)
     assert_close(operator.decompress(operator.compress(x) @ M.T), y, f"mora_type {mora_type}")
-
 
 @every_variant
 @pytest.mark.parametrize("bias", [True, False])
@@ -134,7 +125,6 @@ def test_zero_start_the_adapted_model_is_the_base(name, bias):
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trains == {f"{layer}.{name}" for layer in Net.LAYERS for name in own}
 
-
 def deal_shapes():
     """Shapes with ranks of every sort (1, odd, above k), dealt to the variants."""
     draw = random.Random(0)
@@ -143,7 +133,6 @@ def deal_shapes():
     draw.shuffle(shapes)
     shapes = [(k, d, draw.choice((1, 2, 3, 7, k + 1)), draw.random() < 0.5) for k, d in shapes]
     return [(name, shapes[i :: len(VARIANTS)]) for i, name in enumerate(VARIANTS)]
-
 
 @pytest.mark.parametrize("name, shapes", deal_shapes(), ids=VARIANTS.keys())
 def test_merging_is_exact(name, shapes):
@@ -158,7 +147,6 @@ def test_merging_is_exact(name, shapes):
             parameter.data.zero_()
         assert torch.equal(layer(x), y), "merge() changed the layer, or shares memory with it"
 
-
 @pytest.mark.parametrize(
     "name, expected",
     [("lora", 1), ("truncation", 13), ("strided", 13), ("contiguous", 13), ("random", 13)]
@@ -167,7 +155,6 @@ def test_merging_is_exact(name, shapes):
 def test_rank_of_an_update_of_one_budget(name, expected):
     _, layer = adapted(name, 96, 96, rank=1)  # r̂ = 13
     assert torch.linalg.matrix_rank(layer.delta_weight()) == expected
-
 
 @pytest.mark.parametrize(
     "name, expected",
@@ -183,12 +170,10 @@ def test_rank_of_all_merged_updates(name, expected):
         ranks.append(int(torch.linalg.matrix_rank(layer.linear.weight - start)))
     assert ranks == expected
 
-
 @pytest.mark.parametrize("fold, expected", [(False, 870), (True, 3072)])
 def test_inputs_that_have_an_effect_where_k_is_above_d(fold, expected):
     _, layer = adapted("rotation", 3072, 768, rank=8, dtype=torch.float32, fold=fold)
     assert layer.delta_weight().any(dim=0).sum() == expected
-
 
 # ---- Layers --------------------------------------------------------------------------------------
 @every_variant
@@ -212,7 +197,6 @@ def test_precision(name, dtype, autocast, tol):
                 assert parameter.dtype == torch.float32, "bfloat16 would lose small steps"
                 assert parameter.grad.isfinite().all() and parameter.grad.any()
 
-
 @every_variant
 def test_dropout_acts_on_the_adapters_input_only(name):
     _, layer = adapted(name, 13, 20, dropout=1.0)  # in training, nothing is left of that input
@@ -223,7 +207,6 @@ def test_dropout_acts_on_the_adapters_input_only(name):
     model = add_adapters(Net().eval(), dropout=1.0, **VARIANTS[name])
     assert not any(module.training for module in model.modules()), "the mode stays"
 
-
 def kind(group, size):
     """How indices were dealt into groups, whose lengths differ by one at most."""
     lengths = torch.bincount(group, minlength=size)
@@ -231,7 +214,6 @@ def kind(group, size):
     if torch.equal(group, torch.arange(len(group)) % size):
         return "strided"
     return "contiguous" if torch.equal(group, group.sort().values) else "random"
-
 
 @pytest.mark.parametrize("k, d, rank", [(12, 20, 1), (13, 20, 2), (31, 17, 3), (9, 9, 2)])
 @pytest.mark.parametrize("groups", ["strided", "contiguous", "random", *CYCLE, "cycle"], ids=str)
@@ -245,22 +227,18 @@ def test_groups_before_and_after_merges(groups, k, d, rank):
         merge_and_reset(model)
     assert groups != "random" or seen[0] != seen[1], "random groups came out the same twice"
 
-
 @pytest.mark.parametrize("layer, own", [(LoRALinear, "AB"), (MoRALinear, "M")])
 def test_a_layer_by_itself_freezes_what_it_wraps(layer, own):
     parameters = layer(nn.Linear(9, 14), 2).named_parameters()
     assert {name for name, parameter in parameters if parameter.requires_grad} == set(own)
 
-
 def test_A_is_uniform_within_one_over_sqrt_k():
     A = LoRALinear(nn.Linear(400, 8), 8).A
     assert 0.049 < A.abs().max() <= 0.05 and abs(A.std() - 0.05 / 3**0.5) < 2e-3
 
-
 # ---- Whole models --------------------------------------------------------------------------------
 def adapted_layers(model):
     return [name for name, module in model.named_modules() if isinstance(module, MoRALinear)]
-
 
 @pytest.mark.parametrize(
     "targets, expected",
@@ -269,7 +247,6 @@ def adapted_layers(model):
 )
 def test_targets_are_names_or_their_ends(targets, expected):
     assert adapted_layers(add_adapters(Net(), targets=targets)) == expected
-
 
 def test_an_output_head_is_left_out_unless_it_is_a_target():
     class Untied(Net):
@@ -281,7 +258,6 @@ def test_an_output_head_is_left_out_unless_it_is_a_target():
         model.head.weight = nn.Parameter(model.head.weight.clone())
         assert ("head" in adapted_layers(add_adapters(model, targets=targets))) == expected
 
-
 def test_subclasses_of_linear_are_left_out_with_one_warning():
     class Quantised(nn.Linear):
         pass
@@ -289,7 +265,6 @@ def test_subclasses_of_linear_are_left_out_with_one_warning():
     with pytest.warns(UserWarning, match="2 layers") as warned:
         model = add_adapters(nn.Sequential(nn.Linear(4, 4), Quantised(4, 4), Quantised(4, 4)))
     assert adapted_layers(model) == ["0"] and len(warned) == 1
-
 
 @pytest.mark.parametrize(
     "options, words",
@@ -312,7 +287,6 @@ def test_errors_name_what_is_wrong(options, words):
         add_adapters(Net(), **options)
     assert all(word in str(error.value) for word in words), str(error.value)
 
-
 def test_a_model_is_adapted_once_and_needs_adapters_to_merge():
     with pytest.raises(ValueError, match="already"):
         add_adapters(adapted_net("lora"))
@@ -323,7 +297,6 @@ def test_a_model_is_adapted_once_and_needs_adapters_to_merge():
 def test_a_model_that_is_one_layer():
     layer = add_adapters(nn.Linear(6, 8))
     assert type(layer) is mora.METHODS["mora"] and type(merge_adapters(layer)) is nn.Linear
-
 
 def test_a_layer_used_in_several_places_gets_one_adapter():
     block, head = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 6)
@@ -337,7 +310,6 @@ def test_a_layer_used_in_several_places_gets_one_adapter():
     assert not adapted_layers(model)
     assert_close(model["heads"][1](model["blocks"](x)), y, "merged")
 
-
 def test_defaults_of_mora_and_remora():
     operators = {}
     for method, operator in (("mora", None), ("remora", None), ("remora", "sharing")):
@@ -346,7 +318,6 @@ def test_defaults_of_mora_and_remora():
     assert type(operators["mora", None]) is mora.Rotation
     for operator in (operators["remora", None], operators["remora", "sharing"]):
         assert operator.turns == mora.Sharing.CYCLE
-
 
 @every_variant
 def test_transformer_encoder(name):
@@ -359,14 +330,12 @@ def test_transformer_encoder(name):
     with torch.no_grad():
         assert_close(model.eval()(x), expected, "the fast path of PyTorch's own", tol=1e-5)
 
-
 @every_variant
 def test_merge_adapters(name):
     model = adapted_net(name)
     y, merged = model(), merge_adapters(model)
     assert_close(merged(), y, "merging changed the outputs")
     assert merged.state_dict().keys() == Net().state_dict().keys(), "the names that the base had"
-
 
 # ---- The step of ReLoRA and ReMoRA ---------------------------------------------------------------
 @every_variant
@@ -386,9 +355,7 @@ def test_merge_and_reset(name):
     same = zip([*model.parameters(), *model.buffers()], tensors)
     assert all(new is tensor for new, tensor in same), "an optimizer still holds the old tensors"
 
-
 STEPPED = pytest.mark.parametrize("name", ["lora", "asylora", "dora", "random"])
-
 
 @STEPPED
 def test_the_optimizer_forgets_the_adapters_only(name):
@@ -411,7 +378,6 @@ def test_the_optimizer_forgets_the_adapters_only(name):
             first = torch.allclose(step, torch.full_like(step, 0.1))
             assert first == (not name.startswith("norm")), "Adam's first step is its rate everywhere"
 
-
 @STEPPED
 def test_random_numbers_come_from_the_generator(name):
     states = []
@@ -423,7 +389,6 @@ def test_random_numbers_come_from_the_generator(name):
     same = [all(torch.equal(states[0][key], state[key]) for key in state) for state in states[1:]]
     assert same == [True, False], "the same seed draws the same, another one others"
 
-
 @pytest.mark.parametrize("std", [0.1, 0.001])
 def test_merging_into_bfloat16_rounds_once(std):
     model, layer = adapted("strided", 24, 16, dtype=torch.bfloat16)
@@ -434,7 +399,6 @@ def test_merging_into_bfloat16_rounds_once(std):
         merged = layer.merge().weight
         merge_and_reset(model)
         assert torch.equal(merged, expected) and torch.equal(layer.linear.weight, expected)
-
 
 # ---- Saving --------------------------------------------------------------------------------------
 @every_variant
@@ -455,7 +419,6 @@ def test_what_is_loaded_computes_what_was_saved(name):
     state, expected = adapter_state_dict(loaded), adapter_state_dict(saved)
     assert all(torch.equal(state[key], expected[key]) for key in expected), "after the next merge"
 
-
 @pytest.mark.parametrize(
     "saved, own",
     [("truncation", "strided"), ("decoupling", "rotation"), ("rotation fold", "rotation")]
@@ -465,17 +428,14 @@ def test_another_kind_of_adapter_is_not_loaded(saved, own):
     with pytest.raises(ValueError, match="different adapters"):
         load_adapters(adapted_net(own), adapter_state_dict(adapted_net(saved)))
 
-
 def test_groups_take_little_space():
     state = adapter_state_dict(adapted_net("random"))
     groups = [value for key, value in state.items() if key.endswith("_group")]
     assert groups and all(value.dtype == torch.int16 for value in groups)
 
-
 # ---- Speed: the fast way is the same, and may be deleted -----------------------------------------
 def takes_fast_way(y):
     return "MergedProduct" in str(y.grad_fn) or "MergedProduct" in str(y.grad_fn.next_functions)
-
 
 @every_operator
 def test_the_fast_way_has_the_same_outputs_and_gradients(name):
@@ -492,7 +452,6 @@ def test_the_fast_way_has_the_same_outputs_and_gradients(name):
             tol = 1e-6 if "rotation" in name else 1e-10
             assert_close(got, expected, f"{what}, {k} to {d}", tol)
 
-
 def test_the_definition_computes_few_tokens_and_dropout():
     _, layer = adapted("rotation", 12, 12, dropout=0.5)
     x = randn(50, 12)
@@ -502,7 +461,6 @@ def test_the_definition_computes_few_tokens_and_dropout():
     assert not takes_fast_way(layer(x)), "the bias gets its gradient"
     _, layer = adapted("rotation", 12, 12, fast=False)
     assert type(layer) is MoRALinear and not takes_fast_way(layer(x))
-
 
 @every_variant
 def test_compiles_once(name):
@@ -517,7 +475,6 @@ def test_compiles_once(name):
         randomise(model)
     assert frames[1] == frames[0] > 0, "merging in place needs no second compilation"
 
-
 def test_what_is_kept_for_the_backward_pass():
     """compress(x), and no weights. So truncation and sharing keep r̂ numbers of each token."""
     for name, expected in dict(truncation=13, random=13, decoupling=104, rotation=96).items():
@@ -528,7 +485,6 @@ def test_what_is_kept_for_the_backward_pass():
             layer(randn(200, 96))
         kept = {storage.data_ptr(): storage.nbytes() // 8 for storage in kept}
         assert sum(size for pointer, size in kept.items() if pointer not in own) == 200 * expected
-
 
 def test_second_derivatives_are_refused_and_the_definition_has_them():
     for fast in (True, False):
@@ -542,14 +498,12 @@ def test_second_derivatives_are_refused_and_the_definition_has_them():
             gradient.square().sum().backward()
             assert layer.M.grad.any()
 
-
 def test_gradient_checkpointing():
     _, layer = adapted("rotation", 12, 12)
     x = randn(50, 12).requires_grad_()
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).square().sum().backward()
     (expected,) = torch.autograd.grad(layer(x).square().sum(), layer.M)
     assert_close(layer.M.grad, expected, "the gradient of M")
-
 
 def test_the_last_section_can_be_deleted():
     """What is left computes the formulas: METHODS then has MoRALinear."""
