@@ -167,9 +167,13 @@ class TestDoRA:
 
     @mark.detail
     def test_it_drops_only_what_goes_through_A_and_B(self):
-        layer, x = build(DoRALinear, 5, 8, dropout=1.0), randn(2, 3, 5)
-        hint = "when the input of B A is dropped, W0 x is left, scaled as before"
-        assert_close(layer.train()(x), dora(layer, x, 0 * x), hint)
+        layer, x = build(DoRALinear, 5, 8, dropout=0.5), randn(2, 3, 5)
+        torch.manual_seed(0)
+        y = layer.train()(x)
+        torch.manual_seed(0)
+        dropped = layer.dropout(x)
+        hint = "dropout is of the x that B A gets, and W0 x has all of it, scaled as before"
+        assert_close(y, dora(layer, x, dropped), hint)
         assert_close(layer.eval()(x), dora(layer, x, x), "eval() has no dropout")
 
     def test_it_merges(self):
