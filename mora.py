@@ -103,7 +103,8 @@ class Sharing(Operator):
 
     def compress(self, x):  # exercise 7
         sums = x.new_zeros(*x.shape[:-1], self.size)
-        return sums.index_add(-1, self.in_group, x)  # (..., k) -> (..., r̂)
+        # Not index_add, which keeps x for the backward pass
+        return sums.scatter_add(-1, self.in_group.expand_as(x), x)  # (..., k) -> (..., r̂)
 
     def decompress(self, z):  # exercise 7
         return z.index_select(-1, self.out_group)  # (..., r̂) -> (..., d)
@@ -418,10 +419,12 @@ class FastMoRALinear(MoRALinear):
     each pass; a merge uses `update`, the definition; tests hold the two equal. Second derivatives
     and torch.func need `fast=False`."""
     def forward(self, x):
-        # Building ΔW pays from max(k, d) tokens on (on a CPU). Dropout needs W0 x and ΔW x apart
+        # Building ΔW pays from max(k, d) tokens on (on a CPU). Dropout needs W0 x and ΔW x apart.
+        # MergedProduct is a millisecond of Python, which a GPU waits for if it is not compiled
         few = x.numel() <= self.in_features * max(self.in_features, self.out_features)
         drops = self.training and self.dropout.p > 0
-        if few or drops or any(p.requires_grad for p in self.linear.parameters()):
+        eager_gpu = x.device.type != "cpu" and not torch.compiler.is_compiling()
+        if few or drops or eager_gpu or any(p.requires_grad for p in self.linear.parameters()):
             return super().forward(x)
         frozen = self.linear.weight, self.linear.bias
         y = MergedProduct.apply(x.flatten(0, -2), self.M, *frozen, self.operator)

@@ -255,9 +255,10 @@ def make_models(base, task, rank):
         models[name] = adapted(copy.deepcopy(base), name, rank, init)
     return models
 
-def adapted(base, name, rank, init):
+def adapted(base, name, rank, init, no_fast=False):
     method, _, operator = name.partition(" ")
     config = train.settings(method=method, rank=rank, operator=operator or None, init=init)
+    config.no_fast = no_fast
     return train.adapt(base, config)
 
 def bench_steps(args):
@@ -341,7 +342,8 @@ def step_memory(name, batch, args, fake=True):
         with device:
             base = GPT(GPTConfig(**PRESETS[args.preset]))
             idx = torch.zeros(batch, args.length, dtype=torch.long)
-        model = adapted(base, name, args.rank, "gpt2")
+        # On a CPU as on a GPU without torch.compile: as defined
+        model = adapted(base, name, args.rank, "gpt2", no_fast=device.type == "cpu")
         optimizer = make_optimizer(model, "cuda")  # as there, in one kernel
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
