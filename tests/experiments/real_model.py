@@ -154,7 +154,8 @@ def load_dataset(config, tokenizer, context):
     if config.task == "uuid":
         return pairs_of_seed[config.seed]
     dataset = plain.load_dataset(config, tokenizer, context)
-    dataset.val_tokens = 8_192  # few, with a CPU in mind: each has 49,152 logits
+    # Each has 49,152 logits, which are much for a CPU
+    dataset.val_tokens = 8_192
     return dataset
 
 @torch.no_grad()
