@@ -23,17 +23,18 @@ import mora
 import train
 from model import Block, load_file
 
-# ---- An operator of one's own: such a class, and at the end of this file a name and a peak rate --
+# ---- An operator of one's own: such a class, and at the end of this file a name and peak rates --
 class Overlap(mora.Operator):
-    """J = `copies` random Sharings of the same M at once: ΔW = Σ Dⱼ M Cⱼ / sqrt(J).
+    """J random Sharings of the same M at once, J = 4: ΔW = Σ Dⱼ M Cⱼ / sqrt(J).
     An entry of ΔW is a sum of J entries of M. Divided by sqrt(J) it stays as large as sharing's
     entries, so that the learning rate need not change with J. The rank is at most J (r̂ - 1) + 1:
     each Dⱼ has r̂ columns, and those of each add up to the same vector of ones."""
-    def __init__(self, in_features, out_features, size, copies=4):
-        super().__init__(in_features, out_features, size)
-        sizes = in_features, out_features, size
+    kinds = [functools.partial(mora.Sharing, groups="random")] * 4
+
+    def __init__(self, *sizes):  # in_features, out_features, size
+        super().__init__(*sizes)
         # What is drawn at random, here the groups of each Sharing, has to be in registered buffers
-        self.sharings = nn.ModuleList(mora.Sharing(*sizes, "random") for _ in range(copies))
+        self.sharings = nn.ModuleList(kind(*sizes) for kind in self.kinds)
 
     # Any number of rows may meet M, as in Decoupling: MoRALinear multiplies the last dimension
     def compress(self, x):
@@ -52,7 +53,7 @@ class Overlap(mora.Operator):
 # ---- Other operators -----------------------------------------------------------------------------
 class SignedSharing(mora.Sharing):
     """Sharing with a random sign for every input and output: a count sketch. A merge draws anew."""
-    signs = "in", "out"
+    sides = "in", "out"
 
     def __init__(self, in_features, out_features, size, groups="random"):
         super().__init__(in_features, out_features, size, groups)
@@ -61,7 +62,7 @@ class SignedSharing(mora.Sharing):
         self.draw_signs()
 
     def draw_signs(self, generator=None):
-        for side in self.signs:
+        for side in self.sides:
             signs = self.get_buffer(f"{side}_signs")
             drawn = torch.randint(2, signs.shape, generator=generator, device="cpu")
             signs.copy_(drawn * 2 - 1)
@@ -89,28 +90,17 @@ class CentredSharing(mora.Sharing):
 
 class AlignedSharing(mora.Sharing):
     """Random groups that are the same at all inputs and outputs of a width, in all layers."""
-    def __init__(self, in_features, out_features, size, number=0):
-        self.number = number  # other numbers have other groups
-        super().__init__(in_features, out_features, size, "random")
+    def __init__(self, *sizes):
+        super().__init__(*sizes, "random")
 
     def assign(self, features, kind, generator=None):
         seed = generator.initial_seed() if generator else torch.initial_seed()
-        seed = (seed + 1_000_003 * features + self.number) % 2**63
+        seed = (seed + 1_000_003 * features) % 2**63
         return super().assign(features, kind, torch.Generator().manual_seed(seed))
 
-def overlap_of(*kinds):
-    """Overlap of other sharings. Each kind is called with in_features, out_features and size."""
-    class OverlapOf(Overlap):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            self.sharings = nn.ModuleList(kind(*sizes) for kind in kinds)
-
-    return OverlapOf
-
-class ByInputs:
-    """x times min(1, d / k): under Adam, a lower learning rate of M where k > d."""
-    def compress(self, x):
-        return super().compress(x) * min(1, self.out_features / self.in_features)
+def overlap_of(*sharings):
+    """Overlap of other sharings. Each is called with in_features, out_features and size."""
+    return type("OverlapOf", (Overlap,), {"kinds": sharings})
 
 # ---- Methods that have no M ----------------------------------------------------------------------
 class AsyLoRAFull(mora.LoRALinear):
@@ -175,9 +165,12 @@ plain = argparse.Namespace(**vars(train))  # its functions before `add` replaces
 def parse_args(argv=()):
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--full_warmup", type=int, default=0)
-    parser.add_argument("--rms_norm", action="store_true", help="with an --out_dir of its own")
+    parser.add_argument("--rms_norm", action="store_true")  # with an --out_dir of its own
     own, others = parser.parse_known_args(argv)
-    return argparse.Namespace(**vars(plain.parse_args(others)), **vars(own))
+    args = plain.parse_args(others)
+    if "centred_sharing" in (args.operator or ()) and (args.task, args.init) != ("uuid", "smollm2"):
+        train.refuse("centred_sharing knows the inputs' mean in real_model.py uuid only")
+    return argparse.Namespace(**vars(args), **vars(own))
 
 class RMSBlock(Block):
     """--rms_norm: the norm of later models, which leaves the mean over the features in x."""
@@ -224,34 +217,27 @@ def train_all_first(model, dataset, config, folder):
     return plain.train(model, dataset, config, folder)
 
 # ---- What train.py is told of them ---------------------------------------------------------------
-METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull}
-METHODS["shira"] = SHiRA
-RANDOM = functools.partial(mora.Sharing, groups="random")
-ALIGNED = [functools.partial(AlignedSharing, number=i) for i in range(4)]
+METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull,
+           "shira": SHiRA}
+# The pairs of groups in ReMoRA's cycle
 CYCLE = [functools.partial(mora.Sharing, groups=pair) for pair in mora.Sharing.CYCLE]
 OPERATORS = {
-    "overlap": Overlap,
-    "overlap_2": overlap_of(*[RANDOM] * 2), "overlap_8": overlap_of(*[RANDOM] * 8),
-    "centred_sharing": CentredSharing,
-    "signed_sharing": SignedSharing,
-    "signed_inputs": type("SignedInputs", (SignedSharing,), {"signs": ["in"]}),
-    "signed_outputs": type("SignedOutputs", (SignedSharing,), {"signs": ["out"]}),
+    "overlap": Overlap, "overlap_2": overlap_of(*Overlap.kinds[:2]),
+    "four_pairs": overlap_of(*CYCLE), "contiguous_strided": overlap_of(CYCLE[2]),
+    "strided_contiguous": overlap_of(CYCLE[3]), "aligned": overlap_of(AlignedSharing),
+    "centred_sharing": CentredSharing, "signed_sharing": SignedSharing,
+    "signed_inputs": type("SignedInputs", (SignedSharing,), {"sides": ["in"]}),
+    "signed_outputs": type("SignedOutputs", (SignedSharing,), {"sides": ["out"]}),
     "signed_overlap": overlap_of(*[SignedSharing] * 4),
     "signed_overlap_2": overlap_of(*[SignedSharing] * 2),
-    "aligned": overlap_of(ALIGNED[0]), "aligned_overlap": overlap_of(*ALIGNED),
-    # The pairs of groups in ReMoRA's cycle: all at once, the third alone, the fourth alone
-    "four_pairs": overlap_of(*CYCLE),
-    "contiguous_strided": overlap_of(CYCLE[2]), "strided_contiguous": overlap_of(CYCLE[3]),
-    "overlap_by_inputs": type("OverlapByInputs", (ByInputs, Overlap), {}),
-    "sharing_by_inputs": type("SharingByInputs", (ByInputs, mora.Sharing), {}),
 }
+# Peak rates, in the columns of train.py's LEARNING_RATES
 RATES = {name: (2e-2 if "overlap" in name else 1e-2, 1e-2, 3e-4) for name in OPERATORS}
-RATES |= {"strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4)}
-RATES["shira"] = 2e-2, 1e-2, 6e-4
-RATES["asylora_full"] = 5e-2, 3e-3, 2e-4
+RATES |= {"strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4),
+          "asylora_full": (5e-2, 3e-3, 2e-4), "shira": (2e-2, 1e-2, 6e-4)}
 
 def add():
-    """Make them known to mora.py and train.py. A second call changes nothing."""
+    """Make all this known to mora.py and train.py. A second call changes nothing."""
     mora.METHODS |= METHODS
     mora.OPERATORS |= OPERATORS
     train.METHODS += [name for name in METHODS if name not in train.METHODS]
