@@ -29,8 +29,10 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # 4 bits a weight, which transformers 
 # A task's own defaults, as options
 DEFAULTS = {
     "uuid": "--layers 2 --rank 1 --n_pairs 16 --max_steps 80 --warmup_steps 0 --schedule linear",
-    "text": "--layers 30 --rank 8 --max_steps 200 --batch_size 4 --block_size 128",
+    "text": "--layers 30 --rank 8 --max_steps 60 --batch_size 4 --block_size 64",
 }
+
+plain = argparse.Namespace(**vars(train))  # its functions before `add` replaces some
 
 def parse_args(argv=()):
     task, *words = argv or ["uuid"]
@@ -93,7 +95,8 @@ def load_smollm2():
 
 # ---- UUIDs as this tokenizer cuts them -----------------------------------------------------------
 class Pairs:
-    """The model chooses among the tokens that a UUID can hold, some 110, and not among all."""
+    """Pairs to memorize. Targets are places in `vocabulary`, the 108 tokens that a UUID can hold,
+    and `hidden` (n_pairs, length, width) is what the trained layers read: load_base computes it."""
     metrics = ("val_loss", "token_accuracy", "bits")
 
     def __init__(self, config, tokenizer):
@@ -132,7 +135,6 @@ def evaluate(model, dataset):
     return dict(val_loss=loss.item(), token_accuracy=right.float().mean().item(), bits=bits)
 
 # ---- What train.py is told of it -----------------------------------------------------------------
-plain = argparse.Namespace(**vars(train))  # its functions before `add` replaces some
 pairs_of_seed = {}
 
 @torch.no_grad()
@@ -148,6 +150,7 @@ def load_base(args):
         pairs.hidden = states[-1 - args.layers]
         pairs.targets = pairs.targets.to(args.device)
         pairs_of_seed[seed] = pairs
+    # `run` puts the hidden states of its own seed there
     return SmolLM2(model, args.layers, pairs.hidden, pairs.vocabulary), tokenizer
 
 def load_dataset(config, tokenizer, context):
