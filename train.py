@@ -356,13 +356,13 @@ def as_text(metrics):
     return "  ".join(words).replace("_", " ")
 
 # ==== This was the method. The rest is for whoever runs it ========================================
-# Peak learning rates: for --init demo at r = 2 and for scratch at r = 4, from sweeps at width 128,
-# and for given weights at r = 8, between the paper's at 7B and SmolLM2's. A new one has rotation's
+# Peak learning rates: for --init demo at r = 2, for scratch at r = 4, both from sweeps at width 128,
+# and for given weights at r = 8, between what was best at 7B (the paper) and on SmolLM2
 LEARNING_RATES = {
     "full": (2e-3, 1e-2, 3e-5), "lora": (2e-2, 1e-2, 2e-4), "lora+": (5e-3, 1e-3, 2e-4),
     "asylora": (5e-2, 3e-3, 2e-4), "dora": (2e-2, 3e-3, 2e-4), "relora": (2e-2, 1e-2, 2e-4),
-    "truncation": (5e-2, 3e-2, 6e-4), "sharing": (1e-2, 1e-2, 3e-4),
-    "decoupling": (3e-2, 3e-2, 6e-4), "rotation": (3e-2, 3e-2, 6e-4),
+    "truncation": (5e-2, 3e-2, 4e-4), "sharing": (1e-2, 1e-2, 1e-4),
+    "decoupling": (3e-2, 3e-2, 4e-4), "rotation": (3e-2, 3e-2, 4e-4),
 }
 
 def default_learning_rate(config):
