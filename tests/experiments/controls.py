@@ -77,16 +77,31 @@ class SignedSharing(mora.Sharing):
     def decompress(self, z):
         return super().decompress(z) * self.out_signs.to(z.dtype)
 
-class CentredSharing(mora.Sharing):
-    """Sharing of x without its part in one `direction`, a unit vector: that of the inputs' mean, if
-    real_model.py sets it. ΔW stays linear, so that merging stays exact and moves no bias."""
-    def __init__(self, in_features, out_features, size, groups="random"):
-        super().__init__(in_features, out_features, size, groups)
-        self.register_buffer("direction", torch.zeros(in_features))
+class Centred:
+    """Another operator, or LoRA, of x without its part in one `direction`, a unit vector: that of
+    the inputs' mean, which real_model.py sets. ΔW stays linear: merging is exact and moves no bias."""
+    def __init__(self, first, *others, **options):
+        super().__init__(first, *others, **options)
+        self.register_buffer("direction", torch.zeros(self.in_features))
+
+    def centre(self, x):
+        direction = self.direction.to(x.dtype)
+        return x - (x @ direction)[..., None] * direction
 
     def compress(self, x):
-        direction = self.direction.to(x.dtype)
-        return super().compress(x - (x @ direction)[..., None] * direction)
+        return super().compress(self.centre(x))
+
+    def update(self, x):
+        return super().update(self.centre(x))
+
+class CentredSharing(Centred, mora.Sharing):
+    pass
+
+class CentredRotation(Centred, mora.Rotation):
+    pass
+
+class CentredLoRA(Centred, mora.LoRALinear):
+    pass
 
 class AlignedSharing(mora.Sharing):
     """Random groups that are the same at all inputs and outputs of a width, in all layers."""
@@ -168,8 +183,9 @@ def parse_args(argv=()):
     parser.add_argument("--rms_norm", action="store_true")  # with an --out_dir of its own
     own, others = parser.parse_known_args(argv)
     args = plain.parse_args(others)
-    if "centred_sharing" in (args.operator or ()) and (args.task, args.init) != ("uuid", "smollm2"):
-        train.refuse("centred_sharing knows the inputs' mean in real_model.py uuid only")
+    centred = "centred" in f"{args.methods} {args.operator}"
+    if centred and (args.task, args.init) != ("uuid", "smollm2"):
+        train.refuse("what is centred finds the inputs' mean in real_model.py uuid only")
     return argparse.Namespace(**vars(args), **vars(own))
 
 class RMSBlock(Block):
@@ -218,14 +234,15 @@ def train_all_first(model, dataset, config, folder):
 
 # ---- What train.py is told of them ---------------------------------------------------------------
 METHODS = {"strided_sums": StridedSums, "scattered": Scattered, "asylora_full": AsyLoRAFull,
-           "shira": SHiRA}
+           "shira": SHiRA, "centred_lora": CentredLoRA}
 # The pairs of groups in ReMoRA's cycle
 CYCLE = [functools.partial(mora.Sharing, groups=pair) for pair in mora.Sharing.CYCLE]
 OPERATORS = {
     "overlap": Overlap, "overlap_2": overlap_of(*Overlap.kinds[:2]),
     "four_pairs": overlap_of(*CYCLE), "contiguous_strided": overlap_of(CYCLE[2]),
     "strided_contiguous": overlap_of(CYCLE[3]), "aligned": overlap_of(AlignedSharing),
-    "centred_sharing": CentredSharing, "signed_sharing": SignedSharing,
+    "centred_sharing": CentredSharing, "centred_rotation": CentredRotation,
+    "signed_sharing": SignedSharing,
     "signed_inputs": type("SignedInputs", (SignedSharing,), {"sides": ["in"]}),
     "signed_outputs": type("SignedOutputs", (SignedSharing,), {"sides": ["out"]}),
     "signed_overlap": overlap_of(*[SignedSharing] * 4),
@@ -234,7 +251,8 @@ OPERATORS = {
 # Peak rates, in the columns of train.py's LEARNING_RATES
 RATES = {name: (2e-2 if "overlap" in name else 1e-2, 1e-2, 3e-4) for name in OPERATORS}
 RATES |= {"strided_sums": (1e-2, 3e-3, 2e-4), "scattered": (2e-2, 1e-2, 3e-4),
-          "asylora_full": (5e-2, 3e-3, 2e-4), "shira": (2e-2, 1e-2, 6e-4)}
+          "asylora_full": (5e-2, 3e-3, 2e-4), "shira": (2e-2, 1e-2, 6e-4),
+          "centred_lora": (2e-2, 1e-2, 2e-4)}
 
 def add():
     """Make all this known to mora.py and train.py. A second call changes nothing."""

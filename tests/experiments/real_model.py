@@ -164,10 +164,12 @@ def load_dataset(config, tokenizer, context):
 @torch.no_grad()
 def adapt(model, config):
     plain.adapt(model, config).to(config.device)
-    if config.operator == "centred_sharing":
+    if "centred" in f"{config.method} {config.operator}":
         def set_direction(adapter, inputs):
             mean = inputs[0].flatten(0, -2).mean(0)
-            adapter.operator.direction.copy_(mean / mean.norm())
+            for name, buffer in adapter.named_buffers():
+                if name.endswith("direction"):
+                    buffer.copy_(mean / mean.norm())
 
         adapters = mora.find_adapters(model).values()
         handles = [adapter.register_forward_pre_hook(set_direction) for adapter in adapters]

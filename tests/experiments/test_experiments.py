@@ -78,11 +78,13 @@ def test_the_other_operators_are_what_their_names_say():
         other = make(name, 48, 24)
         other.M = layer.M
         assert_close(other.delta_weight(), delta, name)
-    layer = make("centred_sharing", 24, 36)
-    sharing = mora_delta("sharing", layer.operator, layer.M)
-    layer.operator.direction[2:4] = torch.tensor([0.6, 0.8])
-    direction = layer.operator.direction.double()
-    assert_close(layer.delta_weight(), sharing - sharing @ direction.outer(direction), "centred")
+    for name in ("centred_sharing", "centred_rotation", "centred_lora"):
+        layer = make(name, 24, 36)
+        delta = layer.delta_weight()
+        part, = (buffer for name, buffer in layer.named_buffers() if "direction" in name)
+        part[2:4] = torch.tensor([0.6, 0.8])
+        kept = torch.eye(24).double() - part.double().outer(part.double())
+        assert_close(layer.delta_weight(), delta @ kept, name)
     layer = make("signed_overlap", 24, 36)
     del layer.operator.sharings[1:]
     signs = layer.delta_weight() / mora_delta("sharing", layer.operator.sharings[0], layer.M)
