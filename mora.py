@@ -307,7 +307,7 @@ def add_adapters(model, method="mora", rank=8, operator=None, targets=None, fast
     model.requires_grad_(False)
     try:
         adapters = {x: layer_class(x, rank, **options).train(x.training) for x in layers}
-    except TypeError as error:  # "Sharing.__init__() got an unexpected keyword argument 'fold'"
+    except TypeError as error:  # such as groups for Rotation
         if "unexpected keyword" not in str(error):
             raise
         name = options.get("operator", method)
@@ -410,21 +410,20 @@ class MergedProduct(torch.autograd.Function):
         grad_x = g @ merged.to(g.dtype)
         _, transpose = torch.func.vjp(ctx.operator.decompress, z[0])  # it is linear: any z will do
         (grad_z,) = torch.vmap(transpose)(g)  # (tokens, d) -> (tokens, r̂) or (tokens, n, r̂)
-        # The gradient of ΔW (d, k) is not formed: M's is decompressᵀ(g) compress(x)ᵀ
         grad_M = grad_z.flatten(0, -2).T @ z.flatten(0, -2)
         return grad_x, grad_M, None, None, None
 
 class FastMoRALinear(MoRALinear):
-    """h = (W0 + ΔW) x + b: one matrix product instead of two. ΔW is built by `fast_delta_weight` in
-    each pass; a merge uses `update`, the definition; tests hold the two equal. Second derivatives
-    and torch.func need `fast=False`."""
+    """h = (W0 + ΔW) x + b, one matrix product instead of two, where that pays: tests hold it equal
+    to `update`. Second derivatives and torch.func need `fast=False`."""
     def forward(self, x):
         # Building ΔW pays from max(k, d) tokens on (on a CPU). Dropout needs W0 x and ΔW x apart.
-        # MergedProduct is a millisecond of Python, which a GPU waits for if it is not compiled
+        # MergedProduct is a millisecond of Python, for which a GPU would wait if not compiled
         few = x.numel() <= self.in_features * max(self.in_features, self.out_features)
         drops = self.training and self.dropout.p > 0
         eager_gpu = x.device.type != "cpu" and not torch.compiler.is_compiling()
-        if few or drops or eager_gpu or any(p.requires_grad for p in self.linear.parameters()):
+        base_trains = any(p.requires_grad for p in self.linear.parameters())
+        if few or drops or eager_gpu or base_trains:
             return super().forward(x)
         frozen = self.linear.weight, self.linear.bias
         y = MergedProduct.apply(x.flatten(0, -2), self.M, *frozen, self.operator)

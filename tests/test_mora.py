@@ -459,6 +459,8 @@ def test_the_definition_computes_few_tokens_and_dropout():
     assert not takes_fast_way(layer.train()(x)), "W0 and ΔW get different inputs"
     layer.eval().linear.bias.requires_grad_(True)
     assert not takes_fast_way(layer(x)), "the bias gets its gradient"
+    _, layer = adapted("rotation", 12, 12)
+    assert not takes_fast_way(layer.to("meta")(x.to("meta"))), "no CPU, and not compiled"
     _, layer = adapted("rotation", 12, 12, fast=False)
     assert type(layer) is MoRALinear and not takes_fast_way(layer(x))
 
@@ -476,13 +478,16 @@ def test_compiles_once(name):
     assert frames[1] == frames[0] > 0, "merging in place needs no second compilation"
 
 def test_what_is_kept_for_the_backward_pass():
-    """compress(x), and no weights. So truncation and sharing keep r̂ numbers of each token."""
-    for name, expected in dict(truncation=13, random=13, decoupling=104, rotation=96).items():
-        _, layer = adapted(name, 96, 96, rank=1)
-        own, kept = {parameter.data_ptr() for parameter in layer.parameters()}, []
+    """compress(x), and no weights. So truncation and sharing keep r̂ numbers of each token, and
+    sharing as defined does, too."""
+    numbers = {("truncation", True): 13, ("random", True): 13, ("random", False): 13}
+    numbers |= {("decoupling", True): 104, ("rotation", True): 96}
+    for (name, fast), expected in numbers.items():
+        _, layer = adapted(name, 96, 96, rank=1, fast=fast)
+        own, kept = {tensor.data_ptr() for tensor in layer.state_dict().values()}, []
         keep = lambda tensor: kept.append(tensor.untyped_storage()) or tensor
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            layer(randn(200, 96))
+            layer(randn(200, 96).requires_grad_())
         kept = {storage.data_ptr(): storage.nbytes() // 8 for storage in kept}
         assert sum(size for pointer, size in kept.items() if pointer not in own) == 200 * expected
 

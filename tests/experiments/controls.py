@@ -94,8 +94,18 @@ class Centred:
     def update(self, x):
         return super().update(self.centre(x))
 
+class CentredSharing(Centred, mora.Sharing):
+    pass
+
+class CentredRotation(Centred, mora.Rotation):
+    pass
+
+class CentredLoRA(Centred, mora.LoRALinear):
+    pass
+
 @torch.no_grad()
 def find_directions(model, dataset):
+    """Set the directions of all centred adapters."""
     def find(adapter, inputs):
         mean = inputs[0].flatten(0, -2).mean(0)
         for name, buffer in adapter.named_buffers():
@@ -107,15 +117,6 @@ def find_directions(model, dataset):
     model(*dataset.batch(0))
     for handle in handles:
         handle.remove()
-
-class CentredSharing(Centred, mora.Sharing):
-    pass
-
-class CentredRotation(Centred, mora.Rotation):
-    pass
-
-class CentredLoRA(Centred, mora.LoRALinear):
-    pass
 
 class AlignedSharing(mora.Sharing):
     """Random groups that are the same at all inputs and outputs of a width, in all layers."""
@@ -225,7 +226,7 @@ def schedule(step, config):
 def train_all_first(model, dataset, config, folder):
     """Train all weights at full's rate for `full_warmup` steps, then the adapters."""
     if "centred" in f"{config.method} {config.operator}":
-        find_directions(model, dataset)  # before a checkpoint that is resumed replaces them
+        find_directions(model, dataset)  # a run that is resumed reads its own from the checkpoint
     begun = config.resume and (folder / "checkpoint.pt").exists()
     if getattr(config, "full_warmup", 0) and config.method != "full" and not begun:
         full = mora.merge_adapters(copy.deepcopy(model)).requires_grad_(True)  # ΔW is 0

@@ -156,7 +156,7 @@ def load_dataset(config, tokenizer, context):
     if config.task == "uuid":
         return pairs_of_seed[config.seed]
     dataset = plain.load_dataset(config, tokenizer, context)
-    # Each has 49,152 logits, which are much for a CPU
+    # Few, for CPUs: a token has 49,152 logits
     dataset.val_tokens = 8_192
     return dataset
 
