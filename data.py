@@ -22,7 +22,7 @@ import torch
 TOKENIZERS = {"bytes": 257, "gpt2": 50257}  # vocabulary sizes
 
 def get_tokenizer(name):
-    """Of "bytes", the 256 bytes and an end token, or of "gpt2", which tiktoken downloads once."""
+    """The tokenizer "bytes" (256 bytes, an end token) or "gpt2" (tiktoken downloads it once)."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         options = dict(pat_str=r"[\s\S]", mergeable_ranks=ranks)
@@ -156,7 +156,8 @@ def read_pairs(paths):
     pairs = []
     for path in paths:
         for prompt, completion in read_fields(path, "prompt", "completion"):
-            # They are encoded separately, so that a prompt has the same tokens when it is used
+            # The two are encoded apart, so that a prompt has the same tokens when it is used. Where
+            # no space divides them a line's end does, with which later prompts must end, too
             if not prompt or not (prompt[-1].isspace() or completion[:1].isspace()):
                 prompt += "\n"
             pairs.append((prompt, completion))

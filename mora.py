@@ -2,7 +2,7 @@
 
 A frozen weight W0 with k inputs and d outputs gets a trainable update ΔW. LoRA's is the product of
 two thin matrices. MoRA spends as many parameters on one square matrix M, between two fixed linear
-maps. After training, W0 + ΔW replaces W0: exactly, and without a cost at inference.
+maps. After training, W0 + ΔW replaces W0: exact up to rounding, and free at inference.
 
     LoRA   h = W0 x + (alpha / r) B A x           A: r x k,  B: d x r                     (Eq. 1)
     MoRA   h = W0 x + decompress(M compress(x))   M: r̂ x r̂,  r̂ = floor(sqrt((k + d) r))   (Eq. 2)
@@ -43,7 +43,7 @@ def square_size(in_features, out_features, rank):  # exercise 5
 #                             3 4 3 4 3 4    3 3 3 4 4 4                   i radians; 3rd not shown
 class Operator(nn.Module):
     """Two linear maps without parameters, around M in Eq. 2: compress, from x (..., k) to z
-    (..., r̂), or to n rows that all meet the same M (..., n, r̂), and decompress, from z to (..., d).
+    (..., r̂), or (..., n, r̂), n rows that all meet the same M, and decompress, from z to (..., d).
     A new operator is a subclass with these two, and a name in OPERATORS. What it draws at random
     must be a registered buffer, or it is not saved."""
     def __init__(self, in_features, out_features, size):
@@ -69,8 +69,8 @@ class Sharing(Operator):
     (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle": the next of CYCLE
     after each merge, which is the paper's ReMoRA.
     Why new groups: ΔW = P M Qᵀ, where row i of P (d, r̂) is 1 at out_group[i] and else 0, and Q is
-    that of the inputs. All merges with one P have rank r̂ together. The cycle has two P, and rank
-    2 r̂ - 1 at most: the columns of each add up to the same vector. Random groups add r̂ - 1 a merge."""
+    that of the inputs. Merges with one P have rank r̂ at most together. The cycle has two P, and at
+    most 2 r̂ - 1: the columns of each add up to the same vector. Random groups add up to r̂ - 1 each."""
     CYCLE = ["strided", "contiguous", ("contiguous", "strided"), ("strided", "contiguous")]
 
     def __init__(self, in_features, out_features, size, groups="strided"):
@@ -79,7 +79,7 @@ class Sharing(Operator):
         self.register_buffer("in_group", torch.zeros(in_features, dtype=torch.long))
         self.register_buffer("out_group", torch.zeros(out_features, dtype=torch.long))
         self.register_buffer("merges", torch.tensor(-1, device="cpu"))
-        Sharing.regroup(self)  # makes merges 0
+        Sharing.regroup(self)  # merges becomes 0. A subclass's own regroup is not ready yet
 
     def regroup(self, generator=None):  # exercise 16
         self.merges += 1
@@ -194,7 +194,7 @@ class Adapter(nn.Module):
 class LoRALinear(Adapter):
     """LoRA (arXiv 2106.09685), Eq. 1: ΔW = (alpha / r) B A. A starts at random and B at zero. (With
     both at zero neither would learn, since the gradient of each contains the other.) `alpha=None`
-    means 2 r, the paper's at r = 8. `rslora` divides by sqrt(r) instead (arXiv 2312.03732).
+    means 2 r. `rslora` divides by sqrt(r) instead (arXiv 2312.03732).
     `train_A=False` is AsyLoRA (arXiv 2402.16842): only B learns."""
     def __init__(self, linear, rank, alpha=None, dropout=0.0, rslora=False, train_A=True):
         super().__init__(linear, rank, dropout)
@@ -297,8 +297,8 @@ def add_adapters(model, method="mora", rank=8, operator=None, targets=None, fast
     layer_class = METHODS[method]
     if method in ("mora", "remora"):
         operator = operator or ("sharing" if method == "remora" else "rotation")
-        if method == "remora" and operator == "sharing":
-            options.setdefault("groups", "cycle")
+        if operator == "sharing":
+            options.setdefault("groups", "cycle" if method == "remora" else "strided")
         options["operator"] = operator
         layer_class = layer_class if fast else MoRALinear
     layers = find_targets(model, targets)
@@ -334,7 +334,7 @@ def find_targets(model, targets=None):
     return chosen
 
 def replace_modules(model, new):
-    """Put new[module] wherever that module is used, and return the model, if it is not new itself."""
+    """Put new[module] wherever that module is used; -> the model, or what is in its own place."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             setattr(parent, name, new.get(child, child))
@@ -354,8 +354,8 @@ def merge_adapters(model):
 
 @torch.no_grad()
 def merge_and_reset(model, optimizer=None, generator=None):  # exercise 15
-    """The step of ReLoRA and ReMoRA: add every ΔW to its W0, start again from ΔW = 0, and forget
-    Adam's means and step count, which are of the old ΔW. Under DDP seed `generator` alike."""
+    """The step of ReLoRA and ReMoRA: add every ΔW to its W0, start again from ΔW = 0, and drop
+    Adam's state, which is the old ΔW's. Under DDP `generator` needs the same seed everywhere."""
     for adapter in find_adapters(model).values():
         adapter.linear.weight.copy_(adapter.merged_weight())
         adapter.reset(generator)
@@ -373,7 +373,7 @@ def adapter_state_dict(model):
             if key.endswith("_group"):
                 tensor = tensor.short()  # 8 bytes each would be most of a small file
             if not key.startswith("linear."):
-                state[f"{name}.{key}"] = tensor
+                state[f"{name}.{key}".lstrip(".")] = tensor  # the model itself has no name
     return state
 
 def load_adapters(model, state):
@@ -392,6 +392,7 @@ def fast_delta_weight(operator, M):
     return operator.decompress(operator.compress(eye) @ M.T).T
 
 class MergedProduct(torch.autograd.Function):
+    """h = (W0 + ΔW) x + b: one matrix product instead of two. x is (tokens, k)."""
     @staticmethod
     def forward(ctx, x, M, W0, bias, operator):  # exercise 14
         merged = W0 + fast_delta_weight(operator, M)
@@ -414,8 +415,7 @@ class MergedProduct(torch.autograd.Function):
         return grad_x, grad_M, None, None, None
 
 class FastMoRALinear(MoRALinear):
-    """h = (W0 + ΔW) x + b, one matrix product instead of two, where that pays: tests hold it equal
-    to `update`. Second derivatives and torch.func need `fast=False`."""
+    """MergedProduct where that pays. Second derivatives and torch.func need `fast=False`."""
     def forward(self, x):
         # Building ΔW pays from max(k, d) tokens on (on a CPU). Dropout needs W0 x and ΔW x apart.
         # MergedProduct is a millisecond of Python, for which a GPU would wait if not compiled

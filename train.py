@@ -37,11 +37,11 @@ def say(text):
 
 # ---- Settings ------------------------------------------------------------------------------------
 METHODS = ["full", *mora.METHODS]
-TASKS = {"uuid": {}, "c4": {}, "text": {}, "pairs": {}}  # with defaults, where options have others
-TASKS["uuid"] = dict(methods=["full", "lora", "mora"], rank=[2], max_steps=500, batch_size=64)
-TASKS["uuid"] |= dict(init="demo", schedule="linear")
-TASKS["c4"] = dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], max_steps=600)
-TASKS["c4"] |= dict(operator=["sharing"])
+TASKS = {"uuid": {}, "c4": {}, "text": {}, "pairs": {}}  # and those of their defaults that differ
+TASKS["uuid"] = dict(methods=["full", "lora", "mora"], rank=[2], max_steps=500, batch_size=64,
+                     init="demo", schedule="linear")
+TASKS["c4"] = dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], max_steps=600,
+                   operator=["sharing"])
 
 def parse_args(argv=()):
     """The settings of a command line. ValueError says what is wrong with them."""
@@ -93,7 +93,7 @@ def parse_args(argv=()):
     add("--eval_every", type=int, help="steps between evaluations (max_steps / 4)")
     add = parser.add_argument_group("run").add_argument
     dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add("--out_dir", default="out", help="every run has a folder in it")
+    add("--out_dir", default="out", help="a folder for each method, rank, rate and seed")
     add("--cache_dir", default=os.path.expanduser("~/.cache/mora"), help="for C4 and for tokens")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--dtype", choices=dtypes, default="auto", help="of activations and products")
@@ -116,8 +116,8 @@ def parse_args(argv=()):
     for name, n in dict(eval_every=4, merge_every=5, warmup_steps=10, restart_warmup=100).items():
         if getattr(args, name) is None:
             setattr(args, name, math.ceil(args.max_steps / n))
-    if min(*args.rank, args.max_steps, args.eval_every) < 1:
-        refuse("--rank, --max_steps and --eval_every must be at least 1")
+    if min(*args.rank, args.n_pairs, args.batch_size, args.max_steps, args.eval_every) < 1:
+        refuse("--rank, --n_pairs, --batch_size, --max_steps and --eval_every must be at least 1")
     return args
 
 def refuse(message):
@@ -171,7 +171,7 @@ def adapt(model, config):
         options |= {"alpha": config.alpha, "rslora": config.rslora}
     elif config.groups:
         options["groups"] = config.groups
-    if config.operator and config.fold:
+    if config.fold:
         options["fold"] = True
     mora.add_adapters(model, config.method, config.rank, config.operator, config.targets,
                       fast=not config.no_fast, **options)
@@ -457,23 +457,23 @@ def runs(args):
             operators = args.operator or ["sharing" if restarts else "rotation"]
         for rank, operator in itertools.product(ranks, operators):
             groupings = [None]
-            if operator and issubclass(mora.OPERATORS[operator], mora.Sharing):
+            operator_class = mora.OPERATORS.get(operator, object)
+            if issubclass(operator_class, mora.Sharing):
                 groupings = args.groups or ["cycle" if restarts else "strided"]
             rates = args.learning_rate or [None]
             for groups, rate, seed in itertools.product(groupings, rates, args.seed):
-                config = argparse.Namespace(**vars(args), method=method)
-                config.rank = rank
-                config.operator = operator
-                config.groups = groups
-                config.seed = seed
+                choice = dict(method=method, rank=rank, operator=operator, groups=groups, seed=seed)
+                config = argparse.Namespace(**vars(args) | choice)
+                config.fold = args.fold and issubclass(operator_class, mora.Decoupling)
                 config.merge_every = args.merge_every if restarts else None
-                config.learning_rate = rate or default_learning_rate(config)
+                config.learning_rate = default_learning_rate(config) if rate is None else rate
                 yield config
 
 def label(config):
     """A setting's name, such as "mora rotation fold r2"."""
     words = [config.method, config.operator, config.groups]
-    words += ["fold"] if config.operator and config.fold else []
+    words += ["fold"] if config.fold else []
+    words += ["rslora"] if config.rslora and config.rank and not config.operator else []
     words += [f"r{config.rank}"] if config.rank else []
     return " ".join(filter(None, words))
 

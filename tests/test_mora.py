@@ -428,6 +428,12 @@ def test_another_kind_of_adapter_is_not_loaded(saved, own):
     with pytest.raises(ValueError, match="different adapters"):
         load_adapters(adapted_net(own), adapter_state_dict(adapted_net(saved)))
 
+def test_a_model_that_is_one_layer_is_loaded_and_a_default_is_as_if_written():
+    saved = randomise(add_adapters(nn.Linear(12, 8), "mora", 2, "sharing"))
+    loaded = add_adapters(nn.Linear(12, 8), "mora", 2, "sharing", groups="strided")
+    load_adapters(loaded, adapter_state_dict(saved))
+    assert torch.equal(loaded.M, saved.M)
+
 def test_groups_take_little_space():
     state = adapter_state_dict(adapted_net("random"))
     groups = [value for key, value in state.items() if key.endswith("_group")]

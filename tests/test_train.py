@@ -102,6 +102,12 @@ def test_default_rates_fall_with_the_rank_and_a_new_operator_has_one(monkeypatch
     low, high = settings("uuid --methods mora --rank 2 8 --operator own")
     assert low.learning_rate == pytest.approx(2 * high.learning_rate)
 
+def test_options_concern_and_name_only_the_runs_that_have_them():
+    configs = settings("uuid --methods full lora mora --operator sharing rotation --fold --rslora")
+    names = ["full", "lora rslora r2", "mora sharing strided r2", "mora rotation fold r2"]
+    assert [train.label(config) for config in configs] == names
+    assert settings("uuid --learning_rate 0")[0].learning_rate == 0, "a control, not the default"
+
 @pytest.mark.parametrize("capability, expected", [
     (None, ("float32", False)), ((6, 1), ("float16", False)), ((7, 5), ("float16", True)),
     ((8, 0), ("bfloat16", True)), ((8, 9), ("bfloat16", True)), ((9, 0), ("bfloat16", True))])
@@ -467,7 +473,7 @@ WRONG = {  # and what the one line of complaint names. At port 9 nobody listens
     "--targets c_atn": "c_atn", "--max_steps 0": "--max_steps", "--dropout 2": "dropout",
     "--rank 0": "--rank", "--rank two": "two",
     "--learning_rate 1e-3,1e-4": "1e-3,1e-4", "--batch_size 8 --accumulate 3": "--accumulate",
-    "--n_embd 30": "n_embd 30", "--methods mora --operator sharing --fold": "fold",
+    "--n_embd 30": "n_embd 30", "--n_pairs 0": "--n_pairs",
     "--device tpu": "tpu", "--device cuda:99": "cuda:99", "--data text.jsonl": "--data",
     "--init gpt3": "gpt3", "--init text.jsonl": "text.jsonl", "--init adapter.pt": "adapter.pt",
     "--init heads.pt": "--n_head", "text": "--data", "text --data nowhere.txt": "nowhere.txt",

@@ -46,6 +46,7 @@ def measure(model, *inputs):
 
 def smollm2():
     args = real_model.parse_args(["text", "--data", "none"])
+    train.choose_device(args)
     pairs = real_model.Pairs(args, real_model.load_smollm2()[1])
     model, _ = real_model.load_base(args)
     return measure(model, pairs.idx, torch.zeros_like(pairs.idx))
