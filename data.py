@@ -157,7 +157,7 @@ def read_pairs(paths):
     for path in paths:
         for prompt, completion in read_fields(path, "prompt", "completion"):
             # The two are encoded apart, so that a prompt has the same tokens when it is used. Where
-            # no space divides them a line's end does, with which later prompts must end, too
+            # no space stands between them a newline is added, and later prompts need it, too
             if not prompt or not (prompt[-1].isspace() or completion[:1].isspace()):
                 prompt += "\n"
             pairs.append((prompt, completion))

@@ -69,8 +69,8 @@ class Sharing(Operator):
     (0 0 1 1 2 2), "random", a pair of these for inputs and outputs, or "cycle": the next of CYCLE
     after each merge, which is the paper's ReMoRA.
     Why new groups: ΔW = P M Qᵀ, where row i of P (d, r̂) is 1 at out_group[i] and else 0, and Q is
-    that of the inputs. Merges with one P have rank r̂ at most together. The cycle has two P, and at
-    most 2 r̂ - 1: the columns of each add up to the same vector. Random groups add up to r̂ - 1 each."""
+    that of the inputs. Merges with one P have rank r̂ at most, all together. The cycle has two P, and
+    2 r̂ - 1 at most: the columns of each sum to the same vector. A random grouping can add r̂ - 1."""
     CYCLE = ["strided", "contiguous", ("contiguous", "strided"), ("strided", "contiguous")]
 
     def __init__(self, in_features, out_features, size, groups="strided"):
@@ -334,7 +334,7 @@ def find_targets(model, targets=None):
     return chosen
 
 def replace_modules(model, new):
-    """Put new[module] wherever that module is used; -> the model, or what is in its own place."""
+    """Put new[module] wherever that module is used; -> the model, or what replaces it."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             setattr(parent, name, new.get(child, child))

@@ -37,7 +37,7 @@ def say(text):
 
 # ---- Settings ------------------------------------------------------------------------------------
 METHODS = ["full", *mora.METHODS]
-TASKS = {"uuid": {}, "c4": {}, "text": {}, "pairs": {}}  # and those of their defaults that differ
+TASKS = {"uuid": {}, "c4": {}, "text": {}, "pairs": {}}  # and what they set in place of a default below
 TASKS["uuid"] = dict(methods=["full", "lora", "mora"], rank=[2], max_steps=500, batch_size=64,
                      init="demo", schedule="linear")
 TASKS["c4"] = dict(methods=["full", "lora", "relora", "mora", "remora"], rank=[4], max_steps=600,
@@ -465,6 +465,7 @@ def runs(args):
                 choice = dict(method=method, rank=rank, operator=operator, groups=groups, seed=seed)
                 config = argparse.Namespace(**vars(args) | choice)
                 config.fold = args.fold and issubclass(operator_class, mora.Decoupling)
+                config.rslora = args.rslora and not operator and method != "full"
                 config.merge_every = args.merge_every if restarts else None
                 config.learning_rate = default_learning_rate(config) if rate is None else rate
                 yield config
@@ -472,8 +473,7 @@ def runs(args):
 def label(config):
     """A setting's name, such as "mora rotation fold r2"."""
     words = [config.method, config.operator, config.groups]
-    words += ["fold"] if config.fold else []
-    words += ["rslora"] if config.rslora and config.rank and not config.operator else []
+    words += [option for option in ("fold", "rslora") if getattr(config, option)]
     words += [f"r{config.rank}"] if config.rank else []
     return " ".join(filter(None, words))
 

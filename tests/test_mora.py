@@ -436,8 +436,7 @@ def test_a_model_that_is_one_layer_is_loaded_and_a_default_is_as_if_written():
 
 def test_groups_take_little_space():
     state = adapter_state_dict(adapted_net("random"))
-    groups = [value for key, value in state.items() if key.endswith("_group")]
-    assert groups and all(value.dtype == torch.int16 for value in groups)
+    assert {value.dtype for key, value in state.items() if "_group" in key} == {torch.int16}
 
 # ---- Speed: the fast way is the same, and may be deleted -----------------------------------------
 def takes_fast_way(y):
@@ -484,8 +483,7 @@ def test_compiles_once(name):
     assert frames[1] == frames[0] > 0, "merging in place needs no second compilation"
 
 def test_what_is_kept_for_the_backward_pass():
-    """compress(x), and no weights. So truncation and sharing keep r̂ numbers of each token, and
-    sharing as defined does, too."""
+    """compress(x), and no weights: of a token, truncation and sharing keep r̂ = 13 numbers."""
     numbers = {("truncation", True): 13, ("random", True): 13, ("random", False): 13}
     numbers |= {("decoupling", True): 104, ("rotation", True): 96}
     for (name, fast), expected in numbers.items():
